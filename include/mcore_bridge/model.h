@@ -1,0 +1,49 @@
+// A chunk of a decoder model on this rank: the layers one (virtual) pipeline stage holds.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "mcore_bridge/lora.h"
+#include "mcore_bridge/model_config.h"
+
+namespace mcore_bridge {
+
+class Module;
+struct ParallelState;
+using ParallelStatePtr = std::shared_ptr<const ParallelState>;
+
+/// Several documents in one row without padding: tokens [cu_seqlens[i], cu_seqlens[i+1]) are document i.
+struct PackedSeqParams {
+  at::Tensor cu_seqlens;             ///< int32 [documents + 1], on the model's device
+  std::vector<int64_t> cu_seqlens_host;  ///< the same on the host, so that no step waits for the device
+  int64_t max_seqlen = 0;
+};
+
+struct ForwardInput {
+  at::Tensor input_ids;       ///< int64 [b, s]; may be undefined after the first stage
+  at::Tensor position_ids;    ///< int64 [b, s]; undefined: 0..s-1 (or per document when packed)
+  at::Tensor attention_mask;  ///< undefined: causal; [b, s] 1 = token, 0 = padding; or bool [b, 1, s, s] with true = masked
+  at::Tensor labels;          ///< int64 [b, s]; -100: no loss; undefined: return logits
+  at::Tensor hidden;          ///< [s (/ tp with sequence parallelism), b, h] from the previous stage
+  std::optional<PackedSeqParams> packed;
+};
+
+class GPTModel;
+
+/// Builds one chunk. Parameters are empty until weights are loaded or `initialize` ran.
+/// `device`: where parameters live ("cpu", "cuda:0", "meta").
+std::shared_ptr<GPTModel> build_model(const ModelConfig& config, ParallelStatePtr parallel, int vp_stage = 0,
+                                      const std::string& device = "cpu");
+/// One rank, no process group.
+std::shared_ptr<GPTModel> build_model(const ModelConfig& config, const std::string& device = "cpu");
+
+/// The chunk's output: hidden states [s', b, h] before the last stage; per-token loss [b, s] when labels are given;
+/// else logits [b, s, vocab / tp] (this rank's slice) or [b, s, vocab] when `gather_output`.
+at::Tensor forward(GPTModel& model, const ForwardInput& input, bool gather_output = false);
+
+}  // namespace mcore_bridge

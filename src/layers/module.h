@@ -1,0 +1,67 @@
+// A tree of named parameters. Lighter than torch::nn::Module (which pulls in the serializer); Python mirrors this tree
+// as torch.nn.Modules that hold the very same tensors.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace mcore_bridge {
+
+/// What training must know about a parameter beyond its values.
+struct ParameterTraits {
+  /// Split over the tensor-parallel group (each rank owns different elements). False: every rank holds the same values.
+  bool tp_split = false;
+  /// Each tensor-parallel rank's gradient is a partial sum; add them before the optimizer.
+  bool sum_over_tp = false;
+  /// Rows [first, first+count) of a tp_split parameter are held alike by `copies` neighbouring tensor-parallel ranks (key
+  /// and value heads when there are fewer of them than ranks). Their gradients are partial sums too.
+  int64_t shared_first_row = 0, shared_rows = 0;
+  int shared_copies = 1;
+  /// The embedding matrix when it is also the output matrix of another pipeline stage.
+  bool tied_embedding = false;
+  bool no_weight_decay = false;  ///< norms, biases
+};
+
+struct NamedParameter {
+  std::string name;
+  at::Tensor tensor;
+  ParameterTraits traits;
+};
+
+class Module {
+ public:
+  virtual ~Module() = default;
+  Module() = default;
+  Module(const Module&) = delete;
+  Module& operator=(const Module&) = delete;
+
+  /// Class name as users of Megatron know it ("ColumnParallelLinear"); Python names the mirrored class by it.
+  virtual std::string kind() const = 0;
+
+  /// Parameters of the whole tree in a fixed order, names joined by dots.
+  std::vector<NamedParameter> named_parameters() const;
+  /// (dotted name, kind) of every module of the tree, parents first; the root's name is "".
+  std::vector<std::pair<std::string, std::string>> named_modules() const;
+
+  /// Dropout acts only while training.
+  void train(bool on);
+  bool training() const { return training_; }
+
+  struct Child {
+    std::string name;
+    Module* module;
+  };
+  virtual std::vector<Child> children() const { return {}; }
+  /// Parameters of this module itself, without children.
+  virtual std::vector<NamedParameter> own_parameters() const { return {}; }
+
+ private:
+  bool training_ = true;
+};
+
+}  // namespace mcore_bridge

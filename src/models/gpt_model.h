@@ -1,0 +1,64 @@
+// A decoder-only language model, or the chunk of it that one pipeline stage holds.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "families/family.h"
+#include "layers/linear.h"
+#include "layers/module.h"
+#include "layers/rope.h"
+#include "layers/transformer_layer.h"
+#include "mcore_bridge/model.h"
+#include "parallel/parallel_state.h"
+
+namespace mcore_bridge {
+
+class GPTModel : public Module {
+ public:
+  GPTModel(const ModelConfig& config, ParallelStatePtr parallel, int vp_stage, const std::string& device);
+
+  std::string kind() const override { return "GPTModel"; }
+  std::vector<Child> children() const override;
+
+  /// See mcore_bridge::forward.
+  at::Tensor forward(const ForwardInput& input, bool gather_output = false);
+
+  const ModelConfig& config() const { return config_; }
+  const ParallelState& parallel() const { return *parallel_; }
+  const ParallelStatePtr& parallel_ptr() const { return parallel_; }
+  const ChunkPlace& place() const { return place_; }
+  int vp_stage() const { return vp_stage_; }
+  c10::Device device() const { return device_; }
+  /// The output layer uses the embedding matrix (of this or another stage).
+  bool share_embeddings_and_output_weights() const { return !config_.untie_embeddings_and_output_weights; }
+
+  /// Weight rules of this chunk's own parameters (adapters excluded), names as named_parameters() gives them without
+  /// the ".base_layer" that an adapter inserts.
+  std::vector<WeightRule> rules() const { return chunk_weights(config_, place_); }
+
+  /// Linear layers of the decoder by name, where adapters can go.
+  struct NamedLinear {
+    std::string name;
+    ParallelLinear* layer;
+  };
+  std::vector<NamedLinear> linears();
+
+  /// Names (without ".weight") of modules an adapter trains in full; kept for the adapter's files.
+  std::vector<std::string> modules_to_save;
+
+ private:
+  ModelConfig config_;
+  ParallelStatePtr parallel_;
+  int vp_stage_;
+  ChunkPlace place_;
+  c10::Device device_;
+  std::unique_ptr<VocabParallelEmbedding> embedding_;
+  std::vector<std::unique_ptr<TransformerLayer>> layers_;
+  std::unique_ptr<Norm> final_norm_;
+  std::unique_ptr<OutputLayer> output_;
+  std::unique_ptr<RotaryEmbedding> rope_;
+};
+
+}  // namespace mcore_bridge

@@ -1,0 +1,29 @@
+// The groups of one rank, made by Python (or absent on one rank) and handed to everything that communicates.
+#pragma once
+
+#include <map>
+#include <memory>
+
+#include "mcore_bridge/topology.h"
+#include "parallel/group.h"
+
+namespace mcore_bridge {
+
+struct ParallelState {
+  Topology topology;
+  int rank = 0;
+  RankCoordinates place;
+  Group tp, cp, dp, dp_cp, pp, model, tp_cp, embedding, ep, etp, edp, world;
+
+  /// One rank, no groups.
+  static std::shared_ptr<const ParallelState> single();
+  /// `groups` holds the group of each kind this rank belongs to; kinds of one rank may be absent.
+  static std::shared_ptr<const ParallelState> create(const Topology& topology, int rank, const std::map<GroupKind, Group>& groups);
+
+  bool is_first_stage() const { return place.pp == 0; }
+  bool is_last_stage() const { return place.pp == topology.sizes().pipeline - 1; }
+};
+
+using ParallelStatePtr = std::shared_ptr<const ParallelState>;
+
+}  // namespace mcore_bridge
