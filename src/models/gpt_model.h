@@ -1,14 +1,14 @@
 // A decoder-only language model, or the chunk of it that one pipeline stage holds.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "families/family.h"
-#include "layers/linear.h"
+#include "layers/embedding.h"
 #include "layers/module.h"
-#include "layers/rope.h"
 #include "layers/transformer_layer.h"
 #include "mcore_bridge/model.h"
 #include "parallel/parallel_state.h"
@@ -45,10 +45,15 @@ class GPTModel : public Module {
   };
   std::vector<NamedLinear> linears();
 
+  /// Options of every adapter by name, for its files.
+  std::map<std::string, LoraOptions> lora_options;
+
   /// Names (without ".weight") of modules an adapter trains in full; kept for the adapter's files.
   std::vector<std::string> modules_to_save;
 
  private:
+  AttentionInput attention_input(const ForwardInput& input) const;
+
   ModelConfig config_;
   ParallelStatePtr parallel_;
   int vp_stage_;

@@ -44,7 +44,8 @@ class Group {
   std::shared_ptr<Pending> exchange(std::vector<Message> messages) const;
 
  private:
-  c10::intrusive_ptr<c10d::ProcessGroup> backend_;
+  struct Backend;  // keeps c10d's headers out of here
+  std::shared_ptr<Backend> backend_;
   std::vector<int> ranks_{0};
   int rank_ = 0;
 };

@@ -1,0 +1,55 @@
+#include "layers/embedding.h"
+
+#include <ATen/ATen.h>
+
+#include "mcore_bridge/error.h"
+#include "parallel/collectives.h"
+
+namespace mcore_bridge {
+namespace {
+
+at::Tensor vocab_matrix(const VocabOptions& options, const ParallelState& parallel, at::TensorOptions tensor_options) {
+  return at::empty({options.local_rows(parallel.tp.size()), options.hidden_size}, tensor_options).requires_grad_(true);
+}
+
+std::vector<NamedParameter> vocab_parameter(const at::Tensor& weight, const VocabOptions& options, const ParallelState& parallel) {
+  return {{"weight", weight, {.tp_split = parallel.tp.size() > 1, .tied_embedding = options.tied_over_stages}}};
+}
+
+}  // namespace
+
+VocabParallelEmbedding::VocabParallelEmbedding(VocabOptions options, ParallelStatePtr parallel, at::TensorOptions tensor_options)
+    : options_(options), parallel_(std::move(parallel)), weight_(vocab_matrix(options_, *parallel_, tensor_options)) {}
+
+std::vector<NamedParameter> VocabParallelEmbedding::own_parameters() const {
+  return vocab_parameter(weight_, options_, *parallel_);
+}
+
+at::Tensor VocabParallelEmbedding::forward(const at::Tensor& ids) const {
+  const auto ids_sb = ids.t();
+  const auto& tp = parallel_->tp;
+  if (tp.size() == 1) return at::embedding(weight_, ids_sb);
+  const auto first = tp.rank() * weight_.size(0);
+  const auto elsewhere = ids_sb.lt(first).logical_or_(ids_sb.ge(first + weight_.size(0)));
+  const auto local = (ids_sb - first).masked_fill_(elsewhere, 0);
+  const auto partial = at::embedding(weight_, local).masked_fill(elsewhere.unsqueeze(-1), 0);
+  return options_.sequence_parallel ? reduce_scatter_sequence(partial, tp) : reduce_from_region(partial, tp);
+}
+
+OutputLayer::OutputLayer(VocabOptions options, ParallelStatePtr parallel, at::TensorOptions tensor_options, bool own_weight)
+    : options_(options), parallel_(std::move(parallel)) {
+  if (own_weight) weight_ = vocab_matrix(options_, *parallel_, tensor_options);
+}
+
+std::vector<NamedParameter> OutputLayer::own_parameters() const {
+  if (!weight_.defined()) return {};
+  return vocab_parameter(weight_, options_, *parallel_);
+}
+
+at::Tensor OutputLayer::forward(const at::Tensor& x_sbh, const at::Tensor& tied) const {
+  const auto& tp = parallel_->tp;
+  const auto x = options_.sequence_parallel ? gather_sequence(x_sbh, tp) : copy_to_region(x_sbh, tp);
+  return at::linear(x, weight_.defined() ? weight_ : tied);
+}
+
+}  // namespace mcore_bridge

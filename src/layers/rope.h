@@ -1,0 +1,35 @@
+// Rotary position embedding.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "mcore_bridge/model_config.h"
+
+namespace mcore_bridge {
+
+/// cos and sin of every position's angles, [s, b or 1, 1, rotated / 2], in the activations' dtype.
+struct RopeTable {
+  at::Tensor cos, sin;
+};
+
+class RotaryEmbedding {
+ public:
+  RotaryEmbedding(const ModelConfig& config, c10::Device device);
+  /// `position_ids`: [b, s]; `length`: longest sequence now (only kinds that depend on it look at it).
+  RopeTable table(const at::Tensor& position_ids, int64_t length);
+
+ private:
+  void refresh(int64_t length);
+  ModelConfig config_;
+  c10::Device device_;
+  at::Tensor inverse_frequencies_;  ///< fp32 [rotated / 2]
+  double attention_scaling_ = 1;
+  bool depends_on_length_;
+  int64_t length_ = -1;
+};
+
+/// Rotates the first 2 * table.cos.size(-1) entries of the last dim of x_sbnd; pairs are (i, i + half), or (2i, 2i + 1) when
+/// interleaved.
+at::Tensor apply_rope(const at::Tensor& x_sbnd, const RopeTable& table, bool interleaved);
+
+}  // namespace mcore_bridge

@@ -1,0 +1,26 @@
+// One decoder layer: x + attention(norm(x)), then + mlp(norm(.)); the norms live in the linear layers they feed.
+#pragma once
+
+#include <memory>
+
+#include "layers/attention.h"
+#include "layers/embedding.h"
+#include "layers/mlp.h"
+
+namespace mcore_bridge {
+
+class TransformerLayer : public Module {
+ public:
+  /// `layer`: index in the whole model, from 0.
+  TransformerLayer(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions tensor_options, int64_t layer);
+  std::string kind() const override { return "TransformerLayer"; }
+  std::vector<Child> children() const override { return {{"self_attention", attention_.get()}, {"mlp", mlp_.get()}}; }
+  at::Tensor forward(const at::Tensor& x_sbh, const AttentionInput& input);
+
+ private:
+  double dropout_;
+  std::unique_ptr<SelfAttention> attention_;
+  std::unique_ptr<MLP> mlp_;
+};
+
+}  // namespace mcore_bridge

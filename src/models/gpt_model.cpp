@@ -1,0 +1,156 @@
+#include "models/gpt_model.h"
+
+#include <ATen/ATen.h>
+
+#include "layers/cross_entropy.h"
+#include "mcore_bridge/error.h"
+#include "parallel/collectives.h"
+
+namespace mcore_bridge {
+namespace {
+
+void check_layout(const ModelConfig& config, const ParallelState& parallel) {
+  const auto& sizes = parallel.topology.sizes();
+  auto same = [](const char* field, int64_t wanted, int actual) {
+    MCB_CHECK(wanted == actual, "get_mcore_model: ", field, " is ", wanted, " in the config, but initialize_model_parallel made ", actual);
+  };
+  same("tensor_model_parallel_size", config.tensor_model_parallel_size, sizes.tensor);
+  same("pipeline_model_parallel_size", config.pipeline_model_parallel_size, sizes.pipeline);
+  same("context_parallel_size", config.context_parallel_size, sizes.context);
+}
+
+at::Tensor default_positions(const ForwardInput& input, int64_t batch, int64_t length, c10::Device device) {
+  const auto options = at::TensorOptions(device).dtype(at::kLong);
+  const auto row = at::arange(length, options);
+  if (!input.packed) return row.unsqueeze(0).expand({batch, length});
+  // Position in the document: subtract the start of the document each token is in.
+  const auto starts = input.packed->cu_seqlens.to(at::kLong);
+  const auto document = at::bucketize(row, starts, /*out_int32=*/false, /*right=*/true) - 1;
+  return (row - starts.index_select(0, document)).unsqueeze(0);
+}
+
+}  // namespace
+
+GPTModel::GPTModel(const ModelConfig& config, ParallelStatePtr parallel, int vp_stage, const std::string& device)
+    : config_(config), parallel_(std::move(parallel)), vp_stage_(vp_stage), device_(device) {
+  check_layout(config_, *parallel_);
+  const int last_chunk = static_cast<int>(config_.virtual_stages()) - 1;
+  place_.layers = config_.layers_of(parallel_->place.pp, vp_stage);
+  place_.pre_process = parallel_->is_first_stage() && vp_stage == 0;
+  place_.post_process = parallel_->is_last_stage() && vp_stage == last_chunk;
+
+  const auto options = at::TensorOptions(device_).dtype(config_.params_dtype);
+  const bool tied = share_embeddings_and_output_weights();
+  const bool one_stage = place_.pre_process && place_.post_process;
+  const VocabOptions vocab{.vocab_size = config_.padded_vocab_size,
+                           .hidden_size = config_.hidden_size,
+                           .sequence_parallel = config_.sequence_parallel,
+                           .tied_over_stages = tied && !one_stage};
+  if (place_.pre_process) embedding_ = std::make_unique<VocabParallelEmbedding>(vocab, parallel_, options);
+  for (int64_t i = 0; i < place_.layers.count; ++i) {
+    layers_.push_back(std::make_unique<TransformerLayer>(config_, parallel_, options, place_.layers.first + i));
+  }
+  if (place_.post_process) {
+    final_norm_ = std::make_unique<Norm>(NormOptions{.size = config_.hidden_size,
+                                                     .epsilon = config_.layernorm_epsilon,
+                                                     .zero_centered = config_.layernorm_zero_centered_gamma,
+                                                     .sum_over_tp = config_.sequence_parallel && parallel_->tp.size() > 1},
+                                         options);
+    output_ = std::make_unique<OutputLayer>(vocab, parallel_, options, /*own_weight=*/!(tied && one_stage));
+  }
+  if (config_.position_embedding_type == "rope") rope_ = std::make_unique<RotaryEmbedding>(config_, device_);
+}
+
+std::vector<Module::Child> GPTModel::children() const {
+  std::vector<Child> result;
+  if (embedding_) result.push_back({"embedding.word_embeddings", embedding_.get()});
+  for (size_t i = 0; i < layers_.size(); ++i) result.push_back({"decoder.layers." + std::to_string(i), layers_[i].get()});
+  if (final_norm_) result.push_back({"decoder.final_layernorm", final_norm_.get()});
+  if (output_) result.push_back({"output_layer", output_.get()});
+  return result;
+}
+
+AttentionInput GPTModel::attention_input(const ForwardInput& input) const {
+  AttentionInput result;
+  result.packed = input.packed;
+  const auto& any = input.input_ids.defined() ? input.input_ids : input.labels;
+  int64_t batch = 0, length = 0;
+  if (any.defined()) {
+    batch = any.size(0);
+    length = any.size(1);
+  } else {
+    batch = input.hidden.size(1);
+    length = input.hidden.size(0) * (config_.sequence_parallel ? parallel_->tp.size() : 1);
+  }
+  if (rope_) {
+    const auto positions = input.position_ids.defined() ? input.position_ids : default_positions(input, batch, length, device_);
+    result.rope = rope_->table(positions, input.packed ? input.packed->max_seqlen : length);
+  }
+  if (!input.attention_mask.defined()) return result;
+
+  MCB_CHECK(!input.packed, "forward: attention_mask and packed_seq_params exclude each other; documents are kept apart by cu_seqlens");
+  const auto& mask = input.attention_mask;
+  const auto window = config_.window_size.empty() ? -1 : config_.window_size[0];
+  if (mask.dim() == 2) {
+    MCB_CHECK(mask.size(0) == batch && mask.size(1) == length, "forward: attention_mask is ", mask.sizes(), ", expected [", batch, ", ", length, "]");
+    // Padding attends to itself so that no row is empty.
+    const auto keys = mask.to(at::kBool).unsqueeze(1).unsqueeze(1).logical_or(at::eye(length, at::TensorOptions(device_).dtype(at::kBool)));
+    result.allowed = causal_mask(length, -1, device_).logical_and(keys);
+    if (window >= 0) result.allowed_in_window = causal_mask(length, window, device_).logical_and(keys);
+  } else {
+    MCB_CHECK(mask.dim() == 4 && mask.scalar_type() == at::kBool, "forward: attention_mask must be [b, s] (1 = token, 0 = padding) or bool [b, 1, s, s] (true = masked); found ",
+              mask.sizes(), " of ", mask.scalar_type());
+    result.allowed = mask.logical_not();
+    if (window >= 0) result.allowed_in_window = result.allowed.logical_and(causal_mask(length, window, device_));
+  }
+  return result;
+}
+
+at::Tensor GPTModel::forward(const ForwardInput& input, bool gather_output) {
+  at::Tensor x;
+  if (embedding_) {
+    MCB_CHECK(input.input_ids.defined() && input.input_ids.dim() == 2, "forward: input_ids [b, s] is needed on the first stage");
+    MCB_CHECK(!input.packed || input.input_ids.size(0) == 1, "forward: a packed batch is one row, input_ids has ", input.input_ids.size(0));
+    const auto tp = parallel_->tp.size();
+    MCB_CHECK(!config_.sequence_parallel || input.input_ids.size(1) % tp == 0, "forward: with sequence_parallel the ", input.input_ids.size(1),
+              " positions must divide by tensor_model_parallel_size ", tp, "; pad the batch");
+    x = embedding_->forward(input.input_ids);
+  } else {
+    MCB_CHECK(input.hidden.defined(), "forward: this stage takes hidden states from the one before; call set_input_tensor");
+    x = input.hidden;
+  }
+  const auto attention = attention_input(input);
+  for (auto& layer : layers_) x = layer->forward(x, attention);
+  if (!output_) return x;
+
+  x = final_norm_->forward(x);
+  const auto logits = output_->forward(x, embedding_ ? embedding_->weight() : at::Tensor());  // [s, b, local vocabulary]
+  if (input.labels.defined()) {
+    return vocab_parallel_cross_entropy(logits, input.labels.t(), config_.padded_vocab_size, parallel_->tp).t().contiguous();
+  }
+  const auto batch_first = logits.transpose(0, 1);
+  if (!gather_output) return batch_first.contiguous();
+  return gather_last_dim(batch_first, parallel_->tp).narrow(-1, 0, config_.padded_vocab_size).contiguous();
+}
+
+std::vector<GPTModel::NamedLinear> GPTModel::linears() {
+  std::vector<NamedLinear> result;
+  std::function<void(Module&, const std::string&)> visit = [&](Module& module, const std::string& prefix) {
+    if (auto* linear = dynamic_cast<ParallelLinear*>(&module)) result.push_back({prefix, linear});
+    for (const auto& child : module.children()) visit(*child.module, prefix.empty() ? child.name : prefix + "." + child.name);
+  };
+  visit(*this, "");
+  return result;
+}
+
+std::shared_ptr<GPTModel> build_model(const ModelConfig& config, ParallelStatePtr parallel, int vp_stage, const std::string& device) {
+  return std::make_shared<GPTModel>(config, std::move(parallel), vp_stage, device);
+}
+
+std::shared_ptr<GPTModel> build_model(const ModelConfig& config, const std::string& device) {
+  return build_model(config, ParallelState::single(), 0, device);
+}
+
+at::Tensor forward(GPTModel& model, const ForwardInput& input, bool gather_output) { return model.forward(input, gather_output); }
+
+}  // namespace mcore_bridge

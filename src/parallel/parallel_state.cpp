@@ -1,0 +1,44 @@
+#include "parallel/parallel_state.h"
+
+#include "mcore_bridge/error.h"
+
+namespace mcore_bridge {
+
+ParallelStatePtr ParallelState::single() {
+  static const ParallelStatePtr state = create(Topology{}, 0, {});
+  return state;
+}
+
+ParallelStatePtr ParallelState::create(const Topology& topology, int rank, const std::map<GroupKind, Group>& groups) {
+  auto state = std::make_shared<ParallelState>();
+  state->topology = topology;
+  state->rank = rank;
+  state->place = topology.coordinates(rank);
+  auto take = [&](GroupKind kind) {
+    const auto ranks = topology.group_of(kind, rank);
+    const auto found = groups.find(kind);
+    if (found != groups.end()) {
+      MCB_CHECK(found->second.ranks() == ranks || ranks.empty(), "ParallelState: the ", group_name(kind),
+                " group does not hold the ranks that the layout gives it");
+      return found->second;
+    }
+    MCB_CHECK(ranks.size() <= 1, "ParallelState: rank ", rank, " has no ", group_name(kind), " group, but the layout puts it with ",
+              ranks.size() - 1, " others; call initialize_model_parallel after torch.distributed.init_process_group");
+    return Group{};
+  };
+  state->tp = take(GroupKind::kTensor);
+  state->cp = take(GroupKind::kContext);
+  state->dp = take(GroupKind::kData);
+  state->dp_cp = take(GroupKind::kDataContext);
+  state->pp = take(GroupKind::kPipeline);
+  state->model = take(GroupKind::kModel);
+  state->tp_cp = take(GroupKind::kTensorContext);
+  state->embedding = take(GroupKind::kEmbedding);
+  state->ep = take(GroupKind::kExpert);
+  state->etp = take(GroupKind::kExpertTensor);
+  state->edp = take(GroupKind::kExpertData);
+  state->world = take(GroupKind::kWorld);
+  return state;
+}
+
+}  // namespace mcore_bridge
