@@ -46,4 +46,8 @@ std::shared_ptr<GPTModel> build_model(const ModelConfig& config, const std::stri
 /// else logits [b, s, vocab / tp] (this rank's slice) or [b, s, vocab] when `gather_output`.
 at::Tensor forward(GPTModel& model, const ForwardInput& input, bool gather_output = false);
 
+/// Runs `input` through every pipeline stage and returns the last stage's output on all of them: whole logits [b, s, vocab],
+/// or per-token losses [b, s] when labels are given. Collective; no gradients.
+at::Tensor forward_all_stages(const std::vector<std::shared_ptr<GPTModel>>& chunks, const ForwardInput& input);
+
 }  // namespace mcore_bridge

@@ -48,7 +48,7 @@ class GPTModel : public Module {
   /// Options of every adapter by name, for its files.
   std::map<std::string, LoraOptions> lora_options;
 
-  /// Names (without ".weight") of modules an adapter trains in full; kept for the adapter's files.
+  /// Parameters an adapter trains in full and saves with it, named as in rules().
   std::vector<std::string> modules_to_save;
 
  private:

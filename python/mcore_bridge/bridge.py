@@ -1,0 +1,122 @@
+"""Weights between Hugging Face / PEFT files and the engine."""
+
+import json
+import os
+import re
+
+from .engine import _core
+from .models import engines
+from .utils import get_logger, is_master
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_size(size):
+    """Bytes of "5GB", "500 MiB" or an int (a count of GB, as the original takes it)."""
+    if isinstance(size, int):
+        return size * 10**9
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    if not match or match[2].upper() not in _UNITS:
+        raise ValueError(f"max_shard_size: '{size}' is not a size such as 5GB, 500MB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+class GPTBridge:
+    """Obtained as `config.bridge`."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def load_weights(self, mg_models, hf_model_dir, peft_format=False, adapter_name="default", converter=None, strict=True):
+        """Copies this rank's slices of the safetensors in `hf_model_dir` into the parameters; nothing else is read.
+
+        peft_format: read adapter_model.safetensors into the adapter `adapter_name`. strict=False: what is missing keeps its
+        value. Raises KeyError listing every missing tensor, ValueError for wrong shapes, on all ranks together.
+        Returns a dict of bytes_read, bytes_needed, missing, unexpected.
+        """
+        if converter is not None:
+            raise ValueError("load_weights: converter is not supported in this version; convert the files first")
+        bytes_read, bytes_needed, missing, unexpected = _core.load_weights(
+            engines(mg_models), os.fspath(hf_model_dir), peft_format=peft_format, adapter_name=adapter_name, strict=strict
+        )
+        if unexpected:
+            get_logger().warning(f"{hf_model_dir}: {len(unexpected)} tensors have no place in the model, e.g. {unexpected[:3]}")
+        return dict(bytes_read=bytes_read, bytes_needed=bytes_needed, missing=missing, unexpected=unexpected)
+
+    def export_weights(
+        self,
+        mg_models,
+        target_device=None,
+        only_master_rank=False,
+        peft_format=False,
+        adapter_name="default",
+        converter=None,
+        tqdm_desc="Exporting: ",
+        disable_tqdm=True,
+        merge_lora=False,
+    ):
+        """Generator of (Hugging Face name, whole tensor). Collective: every rank iterates to the end.
+
+        only_master_rank: other ranks take part and yield nothing. converter: f(name, tensor) -> (name, tensor), or None to drop.
+        """
+        exporter = _core.WeightExporter(engines(mg_models), peft_format=peft_format, adapter_name=adapter_name, merge_lora=merge_lora)
+        yields = not only_master_rank or is_master()
+        bar = None
+        if not disable_tqdm and is_master():
+            from tqdm import tqdm
+
+            bar = tqdm(total=len(exporter), desc=tqdm_desc)
+        while (item := exporter.next()) is not None:
+            if bar is not None:
+                bar.update()
+            if not yields:
+                continue
+            name, tensor = item
+            if target_device is not None:
+                tensor = tensor.to(target_device)
+            if converter is not None:
+                converted = converter(name, tensor)
+                if converted is None:
+                    continue
+                name, tensor = converted
+            yield name, tensor
+        if bar is not None:
+            bar.close()
+
+    def save_weights(
+        self,
+        mg_models,
+        output_dir,
+        peft_format=False,
+        adapter_name="default",
+        converter=None,
+        max_shard_size="5GB",
+        merge_lora=False,
+        extra_files=None,
+    ):
+        """Writes model*.safetensors (+ index), or adapter_model.safetensors with peft_format. Collective; every rank writes
+        its own part. The folder appears whole or stays as it was. extra_files: {name: bytes} written in the same step."""
+        if converter is not None:
+            raise ValueError("save_weights: converter is not supported in this version; use export_weights(converter=...)")
+        _core.save_weights(
+            engines(mg_models),
+            os.fspath(output_dir),
+            peft_format=peft_format,
+            adapter_name=adapter_name,
+            merge_lora=merge_lora,
+            max_shard_bytes=parse_size(max_shard_size),
+            extra_files=list((extra_files or {}).items()),
+        )
+
+    def initialize(self, mg_models, seed=42):
+        """Random weights that depend on the seed and the tensors' names only, so every layout starts alike."""
+        _core.initialize(engines(mg_models), seed)
+
+    def peft_adapter_config(self, mg_models, adapter_name="default", base_model_name_or_path=""):
+        """The content of adapter_config.json. Collective."""
+        return json.loads(_core.peft_adapter_config(engines(mg_models), adapter_name, base_model_name_or_path or ""))
+
+
+def inspect_checkpoint(path):
+    """format, files, tensors (name, dtype, shape, bytes, file) and total_bytes of a checkpoint, without reading its data."""
+    return json.loads(_core.inspect_checkpoint(os.fspath(path)))

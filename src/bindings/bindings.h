@@ -1,0 +1,19 @@
+// Each area of the Python module is one file with one init function.
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+#include "mcore_bridge/model_config.h"
+
+namespace mcore_bridge {
+
+namespace py = pybind11;
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+void init_config(py::module_& module);
+void init_parallel(py::module_& module);
+void init_model(py::module_& module);
+void init_bridge(py::module_& module);
+void init_train(py::module_& module);
+
+}  // namespace mcore_bridge
