@@ -5,6 +5,7 @@
 
 #include "layers/activation.h"
 #include "layers/linear.h"
+#include "mcore_bridge/model_config.h"
 
 namespace mcore_bridge {
 

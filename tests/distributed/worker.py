@@ -1,0 +1,93 @@
+"""Runs cases under torchrun (or alone) and writes what rank 0 saw: `worker.py JOB.json OUT.pt`.
+
+A job is {folder, cases: [{name, layout, lora, packed, steps, micro_batches, options}]}; all cases run in one launch, since
+starting the processes costs more than the tiny models."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
+import tiny  # noqa: E402
+
+import mcore_bridge as mb  # noqa: E402
+
+LAYOUT_ARGUMENTS = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+}
+
+
+def micro_batch(index, packed):
+    if not packed:
+        ids, labels = tiny.rows(2, 16, seed=100 + index)
+        if index % 2:  # unequal numbers of loss tokens
+            labels[:, :9] = -100
+        return dict(input_ids=ids, labels=labels)
+    lengths = [5 + index % 3, 12 - index % 3, 7]
+    ids, labels = tiny.rows(1, sum(lengths), seed=200 + index)
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    for end in ends[1:].tolist():
+        labels[:, end - 1] = -100
+    return dict(input_ids=ids, labels=labels, packed_seq_params=mb.PackedSeqParams(cu_seqlens=ends.int()))
+
+
+def run(case, folder):
+    layout = case.get("layout", {})
+    mb.initialize_model_parallel(**{LAYOUT_ARGUMENTS[key]: value for key, value in layout.items() if key in LAYOUT_ARGUMENTS})
+    state = mb.get_parallel_state()
+    sizes = {argument: layout[key] for key, argument in LAYOUT_ARGUMENTS.items() if key in layout}
+    config = mb.ModelConfig(
+        **mb.hf_to_mcore_config(folder), **sizes, sequence_parallel=layout.get("sp", False), **layout.get("fields", {})
+    )
+    models = mb.get_mcore_model(config)
+    if case.get("initialize"):
+        config.bridge.initialize(models, seed=7)
+    else:
+        config.bridge.load_weights(models, folder)
+    lora = case.get("lora")
+    if lora is not None:
+        mb.add_lora(models, mb.LoraOptions(**lora))
+    trainer = mb.Trainer(models, lr=2e-3, train_iters=case["steps"], lr_warmup_iters=2, weight_decay=0.1, **case.get("options", {}))
+    total = case.get("micro_batches", 4)
+    share = total // state.dp_size
+    losses, norms = [], []
+    for step in range(case["steps"]):
+        mine = range(state.dp_rank * share, (state.dp_rank + 1) * share)
+        result = trainer.train_step([micro_batch(step * total + index, case.get("packed", False)) for index in mine])
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    evaluated = trainer.evaluate([micro_batch(900 + index, case.get("packed", False)) for index in range(2)])
+    weights = {name: tensor.clone() for name, tensor in config.bridge.export_weights(models)}
+    adapter = {}
+    if lora is not None:
+        adapter = {name: tensor.clone() for name, tensor in config.bridge.export_weights(models, peft_format=True)}
+    ids, _ = tiny.rows(2, 16, seed=1)
+    logits = mb.forward_logits(models, ids)
+    out = case.get("save")
+    if out:
+        config.bridge.save_weights(models, out, max_shard_size="50KB")
+    mb.destroy_model_parallel()
+    return dict(losses=losses, norms=norms, evaluated=evaluated, weights=weights, adapter=adapter, logits=logits)
+
+
+def main():
+    job_path, out_path = sys.argv[1:]
+    job = json.loads(Path(job_path).read_text())
+    torch.set_num_threads(1)
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    results = {case["name"]: run(case, job["folder"]) for case in job["cases"]}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        torch.save(results, out_path)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Tiny random Transformers models, with every parameter randomised and sizes that differ wherever the family allows it."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+VOCAB = 101  # prime: never divides by a tensor-parallel size
+
+_COMMON = dict(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=12,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+
+_YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32)
+_LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+
+FAMILIES = {
+    "llama": ("llama", {}),
+    "llama3_biases_tied": ("llama", dict(rope_parameters=_LLAMA3, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
+    "llama_linear": ("llama", dict(rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.0))),
+    "llama_dynamic": ("llama", dict(max_position_embeddings=16, rope_parameters=dict(rope_type="dynamic", rope_theta=10000.0, factor=2.0))),
+    "qwen2": ("qwen2", {}),
+    "qwen2_yarn_window": (
+        "qwen2",
+        dict(rope_parameters=_YARN, use_sliding_window=True, sliding_window=7, max_window_layers=2),
+    ),
+    "qwen3": ("qwen3", {}),
+    "qwen3_tied": ("qwen3", dict(tie_word_embeddings=True, attention_bias=True)),
+    "mistral": ("mistral", dict(sliding_window=None)),
+    "mistral_window": ("mistral", dict(sliding_window=5)),
+}
+
+
+def build(name, **overrides):
+    """A random float32 model of one of FAMILIES."""
+    model_type, changes = FAMILIES[name]
+    fields = {**_COMMON, **changes, **overrides}
+    if model_type == "qwen2":
+        fields.pop("head_dim")  # derived there
+        fields["hidden_size"] = 96
+    config = AutoConfig.for_model(model_type, **fields)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.08 + (1.0 if parameter.dim() == 1 else 0.0))
+    return model.eval()
+
+
+def save(name, folder, max_shard_size="60KB", **overrides):
+    """Writes the model as Hugging Face files (several shards) and returns it."""
+    model = build(name, **overrides)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model
+
+
+def rows(batch, length, seed=0):
+    """input_ids and labels aligned with them (labels[t] is the target of position t, some without loss)."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, VOCAB, (batch, length + 1), generator=generator)
+    labels = tokens[:, 1:].clone()
+    labels[torch.rand(labels.shape, generator=generator) < 0.2] = -100
+    return tokens[:, :-1].contiguous(), labels.contiguous()
+
+
+def relative(actual, expected):
+    """|actual - expected| / |expected| in the Frobenius norm; NaN never passes a comparison."""
+    return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)).item()
