@@ -10,7 +10,7 @@ MLP::MLP(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions
                                                         .out = 2 * config.ffn_hidden_size,
                                                         .shard = Shard::kColumn,
                                                         .fuse = Fuse::kGateUp,
-                                                        .bias = config.add_bias_linear,
+                                                        .bias = config.add_mlp_bias,
                                                         .norm = true,
                                                         .norm_epsilon = config.layernorm_epsilon,
                                                         .norm_zero_centered = config.layernorm_zero_centered_gamma,
@@ -19,7 +19,7 @@ MLP::MLP(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions
   fc2_ = std::make_unique<ParallelLinear>(LinearOptions{.in = config.ffn_hidden_size,
                                                         .out = config.hidden_size,
                                                         .shard = Shard::kRow,
-                                                        .bias = config.add_bias_linear,
+                                                        .bias = config.add_mlp_bias,
                                                         .sequence_parallel = config.sequence_parallel},
                                           parallel, tensor_options);
 }
