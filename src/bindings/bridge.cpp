@@ -1,9 +1,10 @@
 #include "mcore_bridge/bridge.h"
 
 #include "bindings/bindings.h"
-#include "bridge/adapter_rules.h"
 #include "bridge/inspect.h"
 #include "models/gpt_model.h"
+#include "mcore_bridge/error.h"
+#include "tuners/adapter_rules.h"
 
 namespace mcore_bridge {
 
@@ -49,8 +50,11 @@ void init_bridge(py::module_& module) {
       .def_readwrite("seed", &LoraOptions::seed);
   module.def("add_lora", &add_lora, py::arg("chunks"), py::arg("options"), py::arg("adapter_name"), NoGil());
   module.def("peft_adapter_config", [](const Chunks& chunks, const std::string& adapter_name, const std::string& base_model) {
-    return peft_adapter_config(chunks, adapter_name, base_model).dump();
-  }, NoGil());
+    const auto& model = *chunks.at(0);
+    const auto options = model.lora_options.find(adapter_name);
+    if (options == model.lora_options.end()) fail<KeyError>("the model has no adapter '", adapter_name, "'");
+    return peft_config(model.config(), options->second, base_model).dump();
+  });
   module.def("inspect_checkpoint", [](const std::string& path) { return inspect_checkpoint(path).dump(); }, NoGil());
 }
 

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "bridge/weight_rule.h"
+#include "plan/weight_rule.h"
 #include "mcore_bridge/model_config.h"
 
 namespace mcore_bridge {

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "bridge/weight_rule.h"
+#include "plan/weight_rule.h"
 #include "layers/module.h"
 #include "parallel/parallel_state.h"
 

@@ -8,11 +8,11 @@
 #include <cmath>
 #include <map>
 
-#include "bridge/adapter_rules.h"
-#include "bridge/initialize.h"
 #include "mcore_bridge/bridge.h"
 #include "mcore_bridge/error.h"
 #include "models/gpt_model.h"
+#include "plan/initialize.h"
+#include "tuners/adapter_rules.h"
 #include "tuners/target.h"
 
 namespace mcore_bridge {
@@ -54,9 +54,9 @@ void add_lora(const Chunks& chunks, const LoraOptions& options, const std::strin
       parameters[parameter.name] = parameter.tensor;
     }
     const auto& tp = chunk->parallel().tp;
-    for (const auto& rule : adapter_rules(*chunk, adapter_name)) {
+    for (const auto& rule : adapter_rules(rules, options, adapter_name)) {
       if (rule.init != WeightRule::Init::kKaimingUniform || chunk->device().is_meta()) continue;
-      initialize_parameter(parameters.at(rule.name), plan_parameter(rule, tp.rank(), tp.size()), options.seed, 0.0);
+      initialize_parameter(parameters.at(rule.name), plan_parameter(rule, tp.rank(), tp.size()), options.seed, 0.0, 1);
     }
   }
 }

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "bridge/weight_rule.h"
+#include "plan/weight_rule.h"
 
 namespace mcore_bridge {
 
@@ -38,12 +38,5 @@ struct ParameterPlan {
 /// Throws ValueError when the rule cannot be split over `tp_size` ranks. `owner` of a replicated parameter is tp_rank 0.
 ParameterPlan plan_parameter(const WeightRule& rule, int tp_rank, int tp_size);
 std::vector<ParameterPlan> make_plan(const std::vector<WeightRule>& rules, int tp_rank, int tp_size);
-
-/// Local rows of [first, count) that neighbouring ranks hold alike (see ParameterTraits); count 0 when none.
-struct SharedRows {
-  int64_t first = 0, count = 0;
-  int copies = 1;
-};
-SharedRows shared_rows(const ParameterPlan& plan, int tp_size);
 
 }  // namespace mcore_bridge

@@ -1,0 +1,46 @@
+// The plan of a checkpoint bound to this rank's tensors; what load, save and export loop over.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "mcore_bridge/bridge.h"
+#include "plan/plan.h"
+
+namespace mcore_bridge {
+
+/// A local parameter and where its elements belong. `value()` is what gets written (merged when asked); `tensor` is the
+/// parameter itself, which loading fills.
+struct PlannedParameter {
+  ParameterPlan plan;
+  at::Tensor tensor;
+  std::function<at::Tensor()> value;
+};
+
+/// Which checkpoint is meant: the model's weights or one adapter.
+struct Selection {
+  bool peft_format = false;
+  std::string adapter_name = "default";
+  bool merge_lora = false;
+};
+
+/// Parameters of this rank's chunks in file order. KeyError when the adapter does not exist.
+std::vector<PlannedParameter> planned_parameters(const Chunks& chunks, const Selection& selection);
+
+/// Every tensor of the whole checkpoint in file order, the same on all ranks.
+std::vector<HfTensor> whole_checkpoint(const Chunks& chunks, const Selection& selection);
+
+/// Regions of `tensor` (by name) that this rank owns.
+struct OwnedRegion {
+  const PlannedParameter* parameter;
+  const Region* region;
+};
+std::map<std::string, std::vector<OwnedRegion>> owned_regions(const std::vector<PlannedParameter>& parameters);
+
+/// `parameter` (1-D or 2-D) as the matrix its regions index.
+at::Tensor as_matrix(const at::Tensor& parameter);
+at::Tensor box(const at::Tensor& matrix, int64_t row, int64_t col, int64_t rows, int64_t cols);
+
+}  // namespace mcore_bridge

@@ -1,0 +1,77 @@
+#include "bridge/checkpoint_reader.h"
+
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "mcore_bridge/error.h"
+
+namespace mcore_bridge {
+namespace fs = std::filesystem;
+
+CheckpointReader::CheckpointReader(const std::string& path, bool peft_format) {
+  std::error_code error;
+  if (fs::is_regular_file(path, error)) {
+    add(path);
+    return;
+  }
+  if (!fs::is_directory(path, error)) fail<FileNotFoundError>(path, ": no such folder or file");
+  const fs::path folder(path);
+  const char* single = peft_format ? "adapter_model.safetensors" : "model.safetensors";
+  const auto index = folder / "model.safetensors.index.json";
+  if (!peft_format && fs::exists(index)) {
+    open_index(path, index.string());
+  } else if (fs::exists(folder / single)) {
+    add((folder / single).string());
+  } else {
+    std::string hint;
+    for (const auto& file : fs::directory_iterator(folder, error)) {
+      if (file.path().extension() == ".bin") hint = "; it holds .bin files: open it in Transformers and save_pretrained to get safetensors";
+    }
+    fail<FileNotFoundError>(path, ": holds neither ", peft_format ? "" : "model.safetensors.index.json nor ", single, hint);
+  }
+}
+
+void CheckpointReader::open_index(const std::string& folder, const std::string& index) {
+  nlohmann::json content;
+  try {
+    std::ifstream file(index);
+    content = nlohmann::json::parse(file);
+  } catch (const nlohmann::json::exception& error) {
+    fail(index, ": not JSON: ", error.what());
+  }
+  MCB_CHECK(content.is_object() && content.contains("weight_map") && content["weight_map"].is_object(), index, ": weight_map is missing");
+  std::set<std::string> shards;
+  std::string missing;
+  for (const auto& [name, shard] : content["weight_map"].items()) {
+    MCB_CHECK(shard.is_string(), index, ": the shard of '", name, "' is no file name");
+    const auto file = shard.get<std::string>();
+    MCB_CHECK(!file.empty() && file.find('/') == std::string::npos && file != "." && file != "..", index, ": the shard '", file, "' of '", name,
+              "' lies outside the folder");
+    if (shards.insert(file).second && !fs::exists(fs::path(folder) / file)) missing += (missing.empty() ? "" : ", ") + file;
+  }
+  if (!missing.empty()) fail<FileNotFoundError>(folder, ": shards named in the index are missing: ", missing);
+  for (const auto& shard : shards) add((fs::path(folder) / shard).string());
+  for (const auto& [name, shard] : content["weight_map"].items()) {
+    const auto* tensor = find(name);
+    if (!tensor || fs::path(tensor->file->path()).filename() != shard.get<std::string>()) {
+      fail<KeyError>(index, ": '", name, "' is not in ", shard.get<std::string>(), " as the index says");
+    }
+  }
+}
+
+void CheckpointReader::add(const std::string& path) {
+  files_.push_back(std::make_unique<SafetensorsFile>(path));
+  const auto* file = files_.back().get();
+  for (const auto& [name, entry] : file->entries()) {
+    MCB_CHECK(tensors_.emplace(name, Tensor{file, &entry}).second, path, ": tensor '", name, "' is in another shard too");
+  }
+}
+
+const CheckpointReader::Tensor* CheckpointReader::find(const std::string& name) const {
+  const auto found = tensors_.find(name);
+  return found == tensors_.end() ? nullptr : &found->second;
+}
+
+}  // namespace mcore_bridge

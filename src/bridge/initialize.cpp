@@ -1,0 +1,15 @@
+#include "plan/initialize.h"
+
+#include "bridge/checkpoint_plan.h"
+#include "models/gpt_model.h"
+
+namespace mcore_bridge {
+
+void initialize(const Chunks& chunks, uint64_t seed) {
+  for (const auto& parameter : planned_parameters(chunks, {})) {
+    const auto& config = chunks[0]->config();
+    initialize_parameter(parameter.tensor, parameter.plan, seed, config.init_method_std, config.num_layers);
+  }
+}
+
+}  // namespace mcore_bridge

@@ -1,0 +1,79 @@
+#include "parallel/together.h"
+
+#include <ATen/ATen.h>
+
+#include <cstring>
+
+#include "mcore_bridge/error.h"
+
+namespace mcore_bridge {
+namespace {
+
+enum Kind : int64_t { kValue = 1, kKey, kFile, kIo, kNonFinite, kOther };
+
+struct Failure {
+  int64_t kind = 0;
+  std::string text;
+};
+
+Failure attempt(const std::function<void()>& work) {
+  try {
+    work();
+    return {};
+  } catch (const KeyError& error) {
+    return {kKey, error.what()};
+  } catch (const FileNotFoundError& error) {
+    return {kFile, error.what()};
+  } catch (const IoError& error) {
+    return {kIo, error.what()};
+  } catch (const NonFiniteError& error) {
+    return {kNonFinite, error.what()};
+  } catch (const ValueError& error) {
+    return {kValue, error.what()};
+  } catch (const c10::Error& error) {
+    return {kOther, error.what_without_backtrace()};
+  } catch (const std::exception& error) {
+    return {kOther, error.what()};
+  }
+}
+
+[[noreturn]] void raise(const Failure& failure) {
+  switch (failure.kind) {
+    case kValue: throw ValueError(failure.text);
+    case kKey: throw KeyError(failure.text);
+    case kFile: throw FileNotFoundError(failure.text);
+    case kIo: throw IoError(failure.text);
+    case kNonFinite: throw NonFiniteError(failure.text);
+    default: throw Error(failure.text);
+  }
+}
+
+}  // namespace
+
+void together(const Group& group, c10::Device device, const std::function<void()>& work) {
+  if (group.size() == 1) return work();  // the original exception
+  auto failure = attempt(work);
+  const auto options = at::TensorOptions(device).dtype(at::kLong);
+  // The first failing rank has the largest number of ranks behind it.
+  auto first = at::full({1}, failure.kind ? group.size() - group.rank() : 0, options);
+  group.all_reduce_max(first);
+  const auto behind = first.item<int64_t>();
+  if (behind == 0) return;
+  const int root = group.size() - static_cast<int>(behind);
+  if (root != group.rank()) failure = {};
+  auto head = at::tensor({failure.kind, static_cast<int64_t>(failure.text.size())}, at::kLong).to(device);
+  group.broadcast(head, root);
+  head = head.to(at::kCPU);
+  failure.kind = head[0].item<int64_t>();
+  failure.text.resize(static_cast<size_t>(head[1].item<int64_t>()));
+  auto bytes = at::empty({static_cast<int64_t>(failure.text.size()) + 1}, at::kByte);
+  std::memcpy(bytes.mutable_data_ptr(), failure.text.c_str(), failure.text.size() + 1);
+  bytes = bytes.to(device);
+  group.broadcast(bytes, root);
+  bytes = bytes.to(at::kCPU);
+  std::memcpy(failure.text.data(), bytes.const_data_ptr(), failure.text.size());
+  if (root != group.rank()) failure.text = "rank " + std::to_string(group.ranks()[root]) + ": " + failure.text;
+  raise(failure);
+}
+
+}  // namespace mcore_bridge
