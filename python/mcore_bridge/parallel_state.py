@@ -85,14 +85,15 @@ def initialize_model_parallel(
         from datetime import timedelta
 
         timeout = timedelta(minutes=distributed_timeout_minutes)
+        # Both back ends: errors and counts travel as host tensors, so that no step waits for the device.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         for name in _core.group_names():
             for ranks in topology.groups(name):
                 key = tuple(ranks)
                 if len(key) == 1:
                     continue
                 if key not in made:  # every rank makes every group, in the same order
-                    everyone = key == tuple(range(world_size))
-                    made[key] = dist.group.WORLD if everyone else dist.new_group(list(key), timeout=timeout)
+                    made[key] = dist.new_group(list(key), timeout=timeout, backend=backend)
                 if rank in key:
                     mine[name] = (made[key], list(key))
     _STATE = ParallelState(

@@ -92,7 +92,7 @@ LoadReport load(const Chunks& chunks, const std::string& folder, const LoadOptio
 LoadReport load_weights(const Chunks& chunks, const std::string& folder, const LoadOptions& options) {
   MCB_CHECK(!chunks.empty(), "load_weights: no model given");
   LoadReport report;
-  together(chunks[0]->parallel().world, chunks[0]->device(), [&] { report = load(chunks, folder, options); });
+  together(chunks[0]->parallel().world, [&] { report = load(chunks, folder, options); });
   return report;
 }
 

@@ -102,7 +102,7 @@ void save_weights(const Chunks& chunks, const std::string& folder, const SaveOpt
   const auto& parallel = model.parallel();
   const Selection selection{options.peft_format, options.adapter_name, options.merge_lora};
   const bool leader = parallel.rank == 0;
-  auto step = [&](const std::function<void()>& work) { together(parallel.world, model.device(), work); };
+  auto step = [&](const std::function<void()>& work) { together(parallel.world, work); };
 
   ShardLayout layout;
   std::vector<PlannedParameter> parameters;

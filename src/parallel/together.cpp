@@ -50,27 +50,23 @@ Failure attempt(const std::function<void()>& work) {
 
 }  // namespace
 
-void together(const Group& group, c10::Device device, const std::function<void()>& work) {
+void together(const Group& group, const std::function<void()>& work) {
   if (group.size() == 1) return work();  // the original exception
   auto failure = attempt(work);
-  const auto options = at::TensorOptions(device).dtype(at::kLong);
   // The first failing rank has the largest number of ranks behind it.
-  auto first = at::full({1}, failure.kind ? group.size() - group.rank() : 0, options);
+  auto first = at::full({1}, failure.kind ? group.size() - group.rank() : 0, at::kLong);
   group.all_reduce_max(first);
   const auto behind = first.item<int64_t>();
   if (behind == 0) return;
   const int root = group.size() - static_cast<int>(behind);
   if (root != group.rank()) failure = {};
-  auto head = at::tensor({failure.kind, static_cast<int64_t>(failure.text.size())}, at::kLong).to(device);
+  auto head = at::tensor({failure.kind, static_cast<int64_t>(failure.text.size())}, at::kLong);
   group.broadcast(head, root);
-  head = head.to(at::kCPU);
   failure.kind = head[0].item<int64_t>();
   failure.text.resize(static_cast<size_t>(head[1].item<int64_t>()));
   auto bytes = at::empty({static_cast<int64_t>(failure.text.size()) + 1}, at::kByte);
   std::memcpy(bytes.mutable_data_ptr(), failure.text.c_str(), failure.text.size() + 1);
-  bytes = bytes.to(device);
   group.broadcast(bytes, root);
-  bytes = bytes.to(at::kCPU);
   std::memcpy(failure.text.data(), bytes.const_data_ptr(), failure.text.size());
   if (root != group.rank()) failure.text = "rank " + std::to_string(group.ranks()[root]) + ": " + failure.text;
   raise(failure);
