@@ -37,7 +37,7 @@ void Executor::forward(int micro_batch) {
   auto input = (*batches_)[micro_batch];
   auto& live = live_[micro_batch];
   input.hidden = live.input;
-  if (!model.place().post_process) input.labels = {};
+  if (!model.place().post_process) input.labels = at::Tensor();
   live.output = model.forward(input);
   if (model.place().post_process) {
     at::NoGradGuard no_grad;
@@ -104,7 +104,7 @@ at::Tensor Executor::evaluate(const std::vector<ForwardInput>& batches, const st
   std::deque<std::shared_ptr<Group::Pending>> sends;
   for (size_t i = 0; i < batches.size(); ++i) {
     auto input = batches[i];
-    if (!model.place().post_process) input.labels = {};
+    if (!model.place().post_process) input.labels = at::Tensor();
     if (!model.place().pre_process) {
       input.hidden = empty_hidden(batches[i]);
       pp.exchange({{input.hidden, pp.rank() - 1, false}});

@@ -43,6 +43,15 @@ def check_gradients(hf_model, model):
         module.zero_grad(set_to_none=True)
 
 
+@pytest.fixture(autouse=True)
+def forget_earlier_lengths(pair):
+    """Transformers' dynamic RoPE remembers the longest sequence it ever saw; ours is a function of the batch."""
+    rope = pair[0].model.rotary_emb
+    if rope.rope_type == "dynamic":
+        rope.max_seq_len_cached = rope.original_max_seq_len
+        rope.inv_freq = rope.original_inv_freq
+
+
 def hf_loss(logits, labels):
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
