@@ -38,7 +38,10 @@ def flops_per_token(shape, length, tuner):
     """Forward + backward FLOPs of one token; causal attention counted at half."""
     s = SHAPES[shape]
     heads, groups, d, h = s["num_attention_heads"], s["num_key_value_heads"], s["head_dim"], s["hidden_size"]
-    matrices = s["num_hidden_layers"] * (h * (heads + 2 * groups) * d + heads * d * h + 3 * h * s["intermediate_size"]) + h * s["vocab_size"]
+    matrices = (
+        s["num_hidden_layers"] * (h * (heads + 2 * groups) * d + heads * d * h + 3 * h * s["intermediate_size"])
+        + h * s["vocab_size"]
+    )
     attention = s["num_hidden_layers"] * 2 * heads * d * length  # QK^T and PV, half of the square, 2 FLOPs each
     return (6 if tuner == "full" else 4) * matrices + 3 * attention
 
@@ -137,10 +140,16 @@ def main():
         del model
         tokens = arguments.batch * arguments.length
         work = flops_per_token(arguments.shape, arguments.length, arguments.tuner) * tokens
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-        machine = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads"
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        machine = (
+            torch.cuda.get_device_name() if arguments.device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads"
+        )
         print(f"{' '.join(sys.argv)} | commit {commit or 'unknown'} | torch {torch.__version__} | {machine}")
-        print("| engine | ms/step | tok/s | TFLOP/s | peak GiB | first step s | first loss | last loss |\n|---|---|---|---|---|---|---|---|")
+        print(
+            "| engine | ms/step | tok/s | TFLOP/s | peak GiB | first step s | first loss | last loss |\n|---|---|---|---|---|---|---|---|"
+        )
         for name in ["ours", *arguments.peers]:
             seconds, first, peak, losses = runs[name](arguments, folder)
             print(f"| {name} | {seconds * 1e3:.1f} | {tokens / seconds:,.0f} | {work / seconds / 1e12:.2f} | {peak:.1f} | {first:.2f} | "

@@ -14,15 +14,16 @@
 namespace mcore_bridge {
 
 struct LoadReport {
-  int64_t bytes_read = 0;       ///< bytes of the file slices this rank copied
-  int64_t bytes_needed = 0;     ///< bytes of this rank's slices by the plan; equal to bytes_read
+  int64_t bytes_read = 0;                        ///< bytes of the file slices this rank copied
+  int64_t bytes_needed = 0;                      ///< bytes of this rank's slices by the plan; equal to bytes_read
   std::vector<std::string> missing, unexpected;  ///< Hugging Face names (only with strict = false)
 };
 
 struct LoadOptions {
   bool peft_format = false;  ///< adapter_model.safetensors with PEFT names
   std::string adapter_name = "default";
-  bool strict = true;  ///< missing or mis-shaped tensors are one KeyError that lists them all; tensors the model has no use for are reported
+  bool strict = true;  ///< missing or mis-shaped tensors are one KeyError that lists them all; tensors the model has no
+                       ///< use for are reported
 };
 
 struct SaveOptions {
@@ -40,7 +41,8 @@ using Chunks = std::vector<std::shared_ptr<GPTModel>>;
 /// Reads this rank's slices only; no communication but the final "did everybody succeed".
 LoadReport load_weights(const Chunks& chunks, const std::string& folder, const LoadOptions& options = {});
 
-/// Collective: every rank calls it, each writes its own part of the same files. `folder` appears whole or stays as it was.
+/// Collective: every rank calls it, each writes its own part of the same files. `folder` appears whole or stays as it
+/// was.
 void save_weights(const Chunks& chunks, const std::string& folder, const SaveOptions& options = {});
 
 /// Collective stream of whole tensors in Hugging Face names. Every rank iterates to the end.

@@ -52,7 +52,7 @@ template <class E = ValueError, class... Args>
 }  // namespace mcore_bridge
 
 /// Throws ValueError with the concatenated arguments unless `condition` holds.
-#define MCB_CHECK(condition, ...)                       \
-  do {                                                  \
+#define MCB_CHECK(condition, ...)                        \
+  do {                                                   \
     if (!(condition)) ::mcore_bridge::fail(__VA_ARGS__); \
   } while (false)

@@ -19,17 +19,18 @@ using ParallelStatePtr = std::shared_ptr<const ParallelState>;
 
 /// Several documents in one row without padding: tokens [cu_seqlens[i], cu_seqlens[i+1]) are document i.
 struct PackedSeqParams {
-  at::Tensor cu_seqlens;             ///< int32 [documents + 1], on the model's device
+  at::Tensor cu_seqlens;                 ///< int32 [documents + 1], on the model's device
   std::vector<int64_t> cu_seqlens_host;  ///< the same on the host, so that no step waits for the device
   int64_t max_seqlen = 0;
 };
 
 struct ForwardInput {
-  at::Tensor input_ids;       ///< int64 [b, s]; may be undefined after the first stage
-  at::Tensor position_ids;    ///< int64 [b, s]; undefined: 0..s-1 (or per document when packed)
-  at::Tensor attention_mask;  ///< undefined: causal; [b, s] 1 = token, 0 = padding; or bool [b, 1, s, s] with true = masked
-  at::Tensor labels;          ///< int64 [b, s]; -100: no loss; undefined: return logits
-  at::Tensor hidden;          ///< [s (/ tp with sequence parallelism), b, h] from the previous stage
+  at::Tensor input_ids;     ///< int64 [b, s]; may be undefined after the first stage
+  at::Tensor position_ids;  ///< int64 [b, s]; undefined: 0..s-1 (or per document when packed)
+  at::Tensor
+      attention_mask;  ///< undefined: causal; [b, s] 1 = token, 0 = padding; or bool [b, 1, s, s] with true = masked
+  at::Tensor labels;   ///< int64 [b, s]; -100: no loss; undefined: return logits
+  at::Tensor hidden;   ///< [s (/ tp with sequence parallelism), b, h] from the previous stage
   std::optional<PackedSeqParams> packed;
 };
 
@@ -46,8 +47,8 @@ std::shared_ptr<GPTModel> build_model(const ModelConfig& config, const std::stri
 /// else logits [b, s, vocab / tp] (this rank's slice) or [b, s, vocab] when `gather_output`.
 at::Tensor forward(GPTModel& model, const ForwardInput& input, bool gather_output = false);
 
-/// Runs `input` through every pipeline stage and returns the last stage's output on all of them: whole logits [b, s, vocab],
-/// or per-token losses [b, s] when labels are given. Collective; no gradients.
+/// Runs `input` through every pipeline stage and returns the last stage's output on all of them: whole logits [b, s,
+/// vocab], or per-token losses [b, s] when labels are given. Collective; no gradients.
 at::Tensor forward_all_stages(const std::vector<std::shared_ptr<GPTModel>>& chunks, const ForwardInput& input);
 
 }  // namespace mcore_bridge

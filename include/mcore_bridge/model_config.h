@@ -40,10 +40,10 @@ struct ModelConfig {
 
   int64_t query_groups() const { return num_query_groups.value_or(num_attention_heads); }
   int64_t head_dim() const { return kv_channels.value_or(num_attention_heads ? hidden_size / num_attention_heads : 0); }
-  bool has_window(int64_t layer) const;   ///< sliding window in this (global) layer
-  bool has_rope(int64_t layer) const;     ///< RoPE in this (global) layer
+  bool has_window(int64_t layer) const;  ///< sliding window in this (global) layer
+  bool has_rope(int64_t layer) const;    ///< RoPE in this (global) layer
   int64_t virtual_stages() const { return virtual_pipeline_model_parallel_size.value_or(1); }
-  ParallelSizes parallel_sizes() const;   ///< data stays 1: the world decides it
+  ParallelSizes parallel_sizes() const;  ///< data stays 1: the world decides it
 
   /// Global layers of one chunk (vp_stage 0 unless the pipeline is interleaved).
   LayerRange layers_of(int pp_rank, int vp_stage) const;

@@ -1,4 +1,5 @@
-// Pipeline schedules as tables: what each stage does, in order. The executor runs them; the simulator and tests read them.
+// Pipeline schedules as tables: what each stage does, in order. The executor runs them; the simulator and tests read
+// them.
 #pragma once
 
 #include <string>
@@ -18,7 +19,7 @@ struct Action {
     int peer;  ///< pipeline rank
   };
   Kind kind;
-  int chunk = 0;        ///< local chunk (virtual stage) for forward and backward
+  int chunk = 0;  ///< local chunk (virtual stage) for forward and backward
   int micro_batch = 0;
   std::vector<Message> messages;  ///< kExchange: started together
 };
@@ -29,8 +30,8 @@ using StageSchedule = std::vector<Action>;
 std::vector<StageSchedule> one_forward_one_backward(int stages, int micro_batches);
 
 struct Simulation {
-  double bubble_fraction = 0;            ///< idle share of the busiest window, all stages
-  std::vector<int> peak_activations;     ///< per stage: micro-batches whose activations live at once
+  double bubble_fraction = 0;         ///< idle share of the busiest window, all stages
+  std::vector<int> peak_activations;  ///< per stage: micro-batches whose activations live at once
 };
 /// Plays the tables with unit forward time and `backward_cost` per backward. Throws ValueError on deadlock or when an
 /// action uses what never arrived.

@@ -29,8 +29,18 @@ struct RankCoordinates {
 
 /// The kinds of process groups a run needs; `group_name` gives their Megatron names.
 enum class GroupKind {
-  kTensor, kContext, kData, kDataContext, kPipeline, kModel /* tensor x pipeline */, kTensorContext,
-  kEmbedding /* first and last stage */, kExpert, kExpertTensor, kExpertData, kWorld
+  kTensor,
+  kContext,
+  kData,
+  kDataContext,
+  kPipeline,
+  kModel /* tensor x pipeline */,
+  kTensorContext,
+  kEmbedding /* first and last stage */,
+  kExpert,
+  kExpertTensor,
+  kExpertData,
+  kWorld
 };
 const char* group_name(GroupKind kind);
 const std::vector<GroupKind>& all_group_kinds();

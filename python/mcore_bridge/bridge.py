@@ -8,7 +8,18 @@ from .engine import _core
 from .models import engines
 from .utils import get_logger, is_master
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
 def parse_size(size):
@@ -59,7 +70,9 @@ class GPTBridge:
 
         only_master_rank: other ranks take part and yield nothing. converter: f(name, tensor) -> (name, tensor), or None to drop.
         """
-        exporter = _core.WeightExporter(engines(mg_models), peft_format=peft_format, adapter_name=adapter_name, merge_lora=merge_lora)
+        exporter = _core.WeightExporter(
+            engines(mg_models), peft_format=peft_format, adapter_name=adapter_name, merge_lora=merge_lora
+        )
         yields = not only_master_rank or is_master()
         bar = None
         if not disable_tqdm and is_master():

@@ -1,7 +1,7 @@
 """ModelConfig: the engine's model description as a Python object."""
 
 import json
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -10,7 +10,7 @@ from .engine import _core
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@lru_cache(maxsize=None)
+@cache
 def config_fields():
     """Every field as a dict of name, type, default and doc, in the order of declaration."""
     return tuple(json.loads(_core.config_fields()))

@@ -37,7 +37,9 @@ class LoraOptions:
         options.lora_alpha = float(self.lora_alpha)
         options.lora_dropout = float(self.lora_dropout)
         options.use_rslora = bool(self.use_rslora)
-        options.target_modules = [self.target_modules] if isinstance(self.target_modules, str) else list(self.target_modules or [])
+        options.target_modules = (
+            [self.target_modules] if isinstance(self.target_modules, str) else list(self.target_modules or [])
+        )
         options.target_regex = self.target_regex or ""
         options.modules_to_save = list(self.modules_to_save or [])
         options.seed = self.seed

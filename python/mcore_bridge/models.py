@@ -170,7 +170,9 @@ def unwrap_model(models, module_instances=None):
     single = not isinstance(models, list)
     result = []
     for model in [models] if single else models:
-        while (isinstance(model, module_instances) if module_instances else not isinstance(model, GPTModel)) and hasattr(model, "module"):
+        while (isinstance(model, module_instances) if module_instances else not isinstance(model, GPTModel)) and hasattr(
+            model, "module"
+        ):
             model = model.module
         result.append(model)
     return result[0] if single else result

@@ -2,39 +2,56 @@
 
 #include "bindings/bindings.h"
 #include "bridge/inspect.h"
-#include "models/gpt_model.h"
 #include "mcore_bridge/error.h"
+#include "models/gpt_model.h"
 #include "tuners/adapter_rules.h"
 
 namespace mcore_bridge {
 
 void init_bridge(py::module_& module) {
-  module.def("load_weights", [](const Chunks& chunks, const std::string& folder, bool peft_format, const std::string& adapter_name, bool strict) {
-               const auto report = load_weights(chunks, folder, {.peft_format = peft_format, .adapter_name = adapter_name, .strict = strict});
-               return std::tuple{report.bytes_read, report.bytes_needed, report.missing, report.unexpected};
-             },
-             py::arg("chunks"), py::arg("folder"), py::kw_only(), py::arg("peft_format"), py::arg("adapter_name"), py::arg("strict"), NoGil());
+  module.def(
+      "load_weights",
+      [](const Chunks& chunks, const std::string& folder, bool peft_format, const std::string& adapter_name,
+         bool strict) {
+        const auto report =
+            load_weights(chunks, folder, {.peft_format = peft_format, .adapter_name = adapter_name, .strict = strict});
+        return std::tuple{report.bytes_read, report.bytes_needed, report.missing, report.unexpected};
+      },
+      py::arg("chunks"), py::arg("folder"), py::kw_only(), py::arg("peft_format"), py::arg("adapter_name"),
+      py::arg("strict"), NoGil());
 
-  module.def("save_weights", [](const Chunks& chunks, const std::string& folder, bool peft_format, const std::string& adapter_name,
-                                bool merge_lora, int64_t max_shard_bytes, std::vector<std::pair<std::string, std::string>> extra_files) {
-               save_weights(chunks, folder, {.peft_format = peft_format, .adapter_name = adapter_name, .merge_lora = merge_lora,
-                                             .max_shard_bytes = max_shard_bytes, .extra_files = std::move(extra_files)});
-             },
-             py::arg("chunks"), py::arg("folder"), py::kw_only(), py::arg("peft_format"), py::arg("adapter_name"), py::arg("merge_lora"),
-             py::arg("max_shard_bytes"), py::arg("extra_files"), NoGil());
+  module.def(
+      "save_weights",
+      [](const Chunks& chunks, const std::string& folder, bool peft_format, const std::string& adapter_name,
+         bool merge_lora, int64_t max_shard_bytes, std::vector<std::pair<std::string, std::string>> extra_files) {
+        save_weights(chunks, folder,
+                     {.peft_format = peft_format,
+                      .adapter_name = adapter_name,
+                      .merge_lora = merge_lora,
+                      .max_shard_bytes = max_shard_bytes,
+                      .extra_files = std::move(extra_files)});
+      },
+      py::arg("chunks"), py::arg("folder"), py::kw_only(), py::arg("peft_format"), py::arg("adapter_name"),
+      py::arg("merge_lora"), py::arg("max_shard_bytes"), py::arg("extra_files"), NoGil());
 
   py::class_<WeightExporter>(module, "WeightExporter")
       .def(py::init([](Chunks chunks, bool peft_format, const std::string& adapter_name, bool merge_lora) {
-             return std::make_unique<WeightExporter>(std::move(chunks), SaveOptions{.peft_format = peft_format, .adapter_name = adapter_name, .merge_lora = merge_lora});
+             return std::make_unique<WeightExporter>(
+                 std::move(chunks),
+                 SaveOptions{.peft_format = peft_format, .adapter_name = adapter_name, .merge_lora = merge_lora});
            }),
-           py::arg("chunks"), py::kw_only(), py::arg("peft_format"), py::arg("adapter_name"), py::arg("merge_lora"), NoGil())
+           py::arg("chunks"), py::kw_only(), py::arg("peft_format"), py::arg("adapter_name"), py::arg("merge_lora"),
+           NoGil())
       .def("__len__", &WeightExporter::count)
-      .def("next", [](WeightExporter& exporter) -> std::optional<std::pair<std::string, at::Tensor>> {
-        std::string name;
-        at::Tensor tensor;
-        if (!exporter.next(name, tensor)) return std::nullopt;
-        return std::pair{name, tensor};
-      }, NoGil());
+      .def(
+          "next",
+          [](WeightExporter& exporter) -> std::optional<std::pair<std::string, at::Tensor>> {
+            std::string name;
+            at::Tensor tensor;
+            if (!exporter.next(name, tensor)) return std::nullopt;
+            return std::pair{name, tensor};
+          },
+          NoGil());
 
   module.def("initialize", &initialize, py::arg("chunks"), py::arg("seed"), NoGil());
 
@@ -49,12 +66,13 @@ void init_bridge(py::module_& module) {
       .def_readwrite("modules_to_save", &LoraOptions::modules_to_save)
       .def_readwrite("seed", &LoraOptions::seed);
   module.def("add_lora", &add_lora, py::arg("chunks"), py::arg("options"), py::arg("adapter_name"), NoGil());
-  module.def("peft_adapter_config", [](const Chunks& chunks, const std::string& adapter_name, const std::string& base_model) {
-    const auto& model = *chunks.at(0);
-    const auto options = model.lora_options.find(adapter_name);
-    if (options == model.lora_options.end()) fail<KeyError>("the model has no adapter '", adapter_name, "'");
-    return peft_config(model.config(), options->second, base_model).dump();
-  });
+  module.def("peft_adapter_config",
+             [](const Chunks& chunks, const std::string& adapter_name, const std::string& base_model) {
+               const auto& model = *chunks.at(0);
+               const auto options = model.lora_options.find(adapter_name);
+               if (options == model.lora_options.end()) fail<KeyError>("the model has no adapter '", adapter_name, "'");
+               return peft_config(model.config(), options->second, base_model).dump();
+             });
   module.def("inspect_checkpoint", [](const std::string& path) { return inspect_checkpoint(path).dump(); }, NoGil());
 }
 

@@ -18,11 +18,12 @@ Json parse(const std::string& text) {
 
 void init_config(py::module_& module) {
   py::class_<ModelConfig>(module, "ModelConfig")
-      .def_static("from_json", [](const std::string& text) {
-        auto config = ModelConfig::from_json(parse(text));
-        config.finalize();
-        return config;
-      })
+      .def_static("from_json",
+                  [](const std::string& text) {
+                    auto config = ModelConfig::from_json(parse(text));
+                    config.finalize();
+                    return config;
+                  })
       .def("to_json", [](const ModelConfig& config) { return config.to_json().dump(); })
       .def("layers_of", [](const ModelConfig& config, int pp_rank, int vp_stage) {
         const auto range = config.layers_of(pp_rank, vp_stage);
@@ -39,11 +40,15 @@ void init_config(py::module_& module) {
     for (const auto& family : families()) rows.emplace_back(family.name, family.model_types, family.documentation);
     return rows;
   });
-  module.def("hf_names", [](const ModelConfig& config) {
-    std::vector<std::string> names;
-    for (const auto& rule : chunk_weights(config, {.layers = {0, config.num_layers}})) names.insert(names.end(), rule.hf.begin(), rule.hf.end());
-    return names;
-  }, "Every Hugging Face tensor of the model, in file order");
+  module.def(
+      "hf_names",
+      [](const ModelConfig& config) {
+        std::vector<std::string> names;
+        for (const auto& rule : chunk_weights(config, {.layers = {0, config.num_layers}}))
+          names.insert(names.end(), rule.hf.begin(), rule.hf.end());
+        return names;
+      },
+      "Every Hugging Face tensor of the model, in file order");
 }
 
 }  // namespace mcore_bridge

@@ -8,16 +8,20 @@ namespace mcore_bridge {
 namespace {
 
 PackedSeqParams packed_seq_params(const py::handle& value, c10::Device device) {
-  auto attribute = [&](const char* name) { return py::hasattr(value, name) ? py::object(value.attr(name)) : py::object(py::none()); };
+  auto attribute = [&](const char* name) {
+    return py::hasattr(value, name) ? py::object(value.attr(name)) : py::object(py::none());
+  };
   auto ends = attribute("cu_seqlens");
   if (ends.is_none()) ends = attribute("cu_seqlens_q");
   MCB_CHECK(!ends.is_none(), "packed_seq_params: cu_seqlens is missing");
   const auto tensor = ends.cast<at::Tensor>();
-  MCB_CHECK(tensor.dim() == 1 && tensor.numel() >= 2, "packed_seq_params: cu_seqlens must be [documents + 1], found ", tensor.sizes());
+  MCB_CHECK(tensor.dim() == 1 && tensor.numel() >= 2, "packed_seq_params: cu_seqlens must be [documents + 1], found ",
+            tensor.sizes());
   PackedSeqParams result;
   const auto host = tensor.to(at::kCPU).to(at::kLong).contiguous();
   result.cu_seqlens_host.assign(host.const_data_ptr<int64_t>(), host.const_data_ptr<int64_t>() + host.numel());
-  MCB_CHECK(result.cu_seqlens_host.front() == 0, "packed_seq_params: cu_seqlens must start at 0, found ", result.cu_seqlens_host.front());
+  MCB_CHECK(result.cu_seqlens_host.front() == 0, "packed_seq_params: cu_seqlens must start at 0, found ",
+            result.cu_seqlens_host.front());
   for (size_t i = 0; i + 1 < result.cu_seqlens_host.size(); ++i) {
     const auto length = result.cu_seqlens_host[i + 1] - result.cu_seqlens_host[i];
     MCB_CHECK(length >= 0, "packed_seq_params: cu_seqlens decreases at index ", i + 1);
@@ -39,7 +43,9 @@ ForwardInput forward_input(const py::dict& values, c10::Device device) {
                        : name == "labels"         ? &result.labels
                        : name == "hidden"         ? &result.hidden
                                                   : nullptr;
-    if (!slot && name != "packed_seq_params") fail<KeyError>("micro-batch: unknown key '", name, "'; known: input_ids, position_ids, attention_mask, labels, packed_seq_params");
+    if (!slot && name != "packed_seq_params")
+      fail<KeyError>("micro-batch: unknown key '", name,
+                     "'; known: input_ids, position_ids, attention_mask, labels, packed_seq_params");
     if (value.is_none()) continue;
     if (slot) {
       *slot = value.cast<at::Tensor>().to(device, /*non_blocking=*/true);
@@ -48,8 +54,9 @@ ForwardInput forward_input(const py::dict& values, c10::Device device) {
     }
   }
   if (result.packed && result.input_ids.defined()) {
-    MCB_CHECK(result.packed->cu_seqlens_host.back() == result.input_ids.size(-1), "packed_seq_params: cu_seqlens ends at ",
-              result.packed->cu_seqlens_host.back(), ", the row holds ", result.input_ids.size(-1), " tokens");
+    MCB_CHECK(result.packed->cu_seqlens_host.back() == result.input_ids.size(-1),
+              "packed_seq_params: cu_seqlens ends at ", result.packed->cu_seqlens_host.back(), ", the row holds ",
+              result.input_ids.size(-1), " tokens");
   }
   return result;
 }

@@ -29,17 +29,26 @@ void init_parallel(py::module_& module) {
       .def_readonly("edp", &RankCoordinates::edp);
 
   py::class_<Topology>(module, "Topology")
-      .def(py::init([](int world_size, int tensor, int pipeline, int virtual_pipeline, int context, int expert, int expert_tensor) {
-             return Topology({.tensor = tensor, .pipeline = pipeline, .virtual_pipeline = virtual_pipeline, .context = context,
-                              .expert = expert, .expert_tensor = expert_tensor}, world_size);
+      .def(py::init([](int world_size, int tensor, int pipeline, int virtual_pipeline, int context, int expert,
+                       int expert_tensor) {
+             return Topology({.tensor = tensor,
+                              .pipeline = pipeline,
+                              .virtual_pipeline = virtual_pipeline,
+                              .context = context,
+                              .expert = expert,
+                              .expert_tensor = expert_tensor},
+                             world_size);
            }),
-           py::arg("world_size"), py::kw_only(), py::arg("tensor") = 1, py::arg("pipeline") = 1, py::arg("virtual_pipeline") = 1,
-           py::arg("context") = 1, py::arg("expert") = 1, py::arg("expert_tensor") = 1)
+           py::arg("world_size"), py::kw_only(), py::arg("tensor") = 1, py::arg("pipeline") = 1,
+           py::arg("virtual_pipeline") = 1, py::arg("context") = 1, py::arg("expert") = 1, py::arg("expert_tensor") = 1)
       .def("coordinates", &Topology::coordinates)
       .def_property_readonly("world_size", &Topology::world_size)
       .def_property_readonly("data", [](const Topology& topology) { return topology.sizes().data; })
-      .def("groups", [](const Topology& topology, const std::string& kind) { return topology.groups(kind_named(kind)); })
-      .def("group_of", [](const Topology& topology, const std::string& kind, int rank) { return topology.group_of(kind_named(kind), rank); });
+      .def("groups",
+           [](const Topology& topology, const std::string& kind) { return topology.groups(kind_named(kind)); })
+      .def("group_of", [](const Topology& topology, const std::string& kind, int rank) {
+        return topology.group_of(kind_named(kind), rank);
+      });
 
   module.def("group_names", [] {
     std::vector<std::string> names;
@@ -48,16 +57,18 @@ void init_parallel(py::module_& module) {
   });
 
   py::class_<ParallelState, std::shared_ptr<ParallelState>>(module, "ParallelState")
-      .def_static("create", [](const Topology& topology, int rank, const std::map<std::string, GroupParts>& parts) {
-        std::map<GroupKind, Group> groups;
-        for (const auto& [name, part] : parts) {
-          const auto& ranks = part.second;
-          const auto place = std::find(ranks.begin(), ranks.end(), rank);
-          MCB_CHECK(place != ranks.end(), "group ", name, " does not hold rank ", rank);
-          groups.emplace(kind_named(name), Group(part.first, ranks, static_cast<int>(place - ranks.begin())));
-        }
-        return std::const_pointer_cast<ParallelState>(ParallelState::create(topology, rank, groups));
-      })
+      .def_static("create",
+                  [](const Topology& topology, int rank, const std::map<std::string, GroupParts>& parts) {
+                    std::map<GroupKind, Group> groups;
+                    for (const auto& [name, part] : parts) {
+                      const auto& ranks = part.second;
+                      const auto place = std::find(ranks.begin(), ranks.end(), rank);
+                      MCB_CHECK(place != ranks.end(), "group ", name, " does not hold rank ", rank);
+                      groups.emplace(kind_named(name),
+                                     Group(part.first, ranks, static_cast<int>(place - ranks.begin())));
+                    }
+                    return std::const_pointer_cast<ParallelState>(ParallelState::create(topology, rank, groups));
+                  })
       .def_static("single", [] { return std::const_pointer_cast<ParallelState>(ParallelState::single()); })
       .def_readonly("place", &ParallelState::place)
       .def_readonly("topology", &ParallelState::topology)

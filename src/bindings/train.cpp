@@ -27,8 +27,8 @@ void take(const py::dict& values, const char* name, T& field) {
 OptimizerOptions optimizer_options(const py::dict& values) {
   OptimizerOptions options;
   std::set<std::string> known;
-#define MCB_OPTION(name)              \
-  take(values, #name, options.name);  \
+#define MCB_OPTION(name)             \
+  take(values, #name, options.name); \
   known.insert(#name);
   MCB_OPTION(lr)
   MCB_OPTION(min_lr)
@@ -47,7 +47,8 @@ OptimizerOptions optimizer_options(const py::dict& values) {
   MCB_OPTION(calculate_per_token_loss)
 #undef MCB_OPTION
   for (const auto& [key, value] : values) {
-    if (!known.contains(key.cast<std::string>())) fail<KeyError>("Trainer: unknown option '", key.cast<std::string>(), "'");
+    if (!known.contains(key.cast<std::string>()))
+      fail<KeyError>("Trainer: unknown option '", key.cast<std::string>(), "'");
   }
   return options;
 }
@@ -64,24 +65,33 @@ void init_train(py::module_& module) {
       .def_readonly("loss_tokens", &StepResult::loss_tokens);
 
   py::class_<Trainer>(module, "Trainer")
-      .def(py::init([](Chunks chunks, const py::dict& options) { return std::make_unique<Trainer>(std::move(chunks), optimizer_options(options)); }))
-      .def("train_step", [](Trainer& trainer, const std::vector<py::dict>& values) {
-        const auto batches = micro_batches(values);
-        py::gil_scoped_release release;
-        return trainer.train_step(batches);
-      })
-      .def("evaluate", [](Trainer& trainer, const std::vector<py::dict>& values) {
-        const auto batches = micro_batches(values);
-        py::gil_scoped_release release;
-        return trainer.evaluate(batches);
-      })
+      .def(py::init([](Chunks chunks, const py::dict& options) {
+        return std::make_unique<Trainer>(std::move(chunks), optimizer_options(options));
+      }))
+      .def("train_step",
+           [](Trainer& trainer, const std::vector<py::dict>& values) {
+             const auto batches = micro_batches(values);
+             py::gil_scoped_release release;
+             return trainer.train_step(batches);
+           })
+      .def("evaluate",
+           [](Trainer& trainer, const std::vector<py::dict>& values) {
+             const auto batches = micro_batches(values);
+             py::gil_scoped_release release;
+             return trainer.evaluate(batches);
+           })
       .def_property_readonly("iteration", &Trainer::iteration);
 
-  module.def("learning_rate", [](const py::dict& options, int64_t iteration) { return learning_rate(optimizer_options(options), iteration); });
-  module.def("simulate_schedule", [](int stages, int batches, double backward_cost) {
-    const auto result = simulate(one_forward_one_backward(stages, batches), batches, backward_cost);
-    return std::pair{result.bubble_fraction, result.peak_activations};
-  }, py::arg("stages"), py::arg("micro_batches"), py::arg("backward_cost") = 2.0);
+  module.def("learning_rate", [](const py::dict& options, int64_t iteration) {
+    return learning_rate(optimizer_options(options), iteration);
+  });
+  module.def(
+      "simulate_schedule",
+      [](int stages, int batches, double backward_cost) {
+        const auto result = simulate(one_forward_one_backward(stages, batches), batches, backward_cost);
+        return std::pair{result.bubble_fraction, result.peak_activations};
+      },
+      py::arg("stages"), py::arg("micro_batches"), py::arg("backward_cost") = 2.0);
 }
 
 }  // namespace mcore_bridge

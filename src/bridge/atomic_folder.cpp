@@ -48,7 +48,8 @@ void AtomicFolder::begin() {
     fs::rename(old_, target_, error);
     check(error, old_, "cannot be put back");
   }
-  if (fs::exists(target_, error) && !fs::is_directory(target_, error)) fail<IoError>(target_.string(), ": is no folder");
+  if (fs::exists(target_, error) && !fs::is_directory(target_, error))
+    fail<IoError>(target_.string(), ": is no folder");
   for (const auto& leftover : {staging_, old_}) {
     fs::remove_all(leftover, error);
     check(error, leftover, "a leftover cannot be removed");
@@ -65,13 +66,17 @@ void AtomicFolder::commit(const std::function<bool(const std::string&)>& replace
       const auto name = entry.path().filename();
       if (replaced(name.string()) || fs::exists(staging_ / name)) continue;
       if (entry.is_directory() && !entry.is_symlink()) {
-        fs::copy(entry.path(), staging_ / name, fs::copy_options::recursive | fs::copy_options::copy_symlinks | fs::copy_options::create_hard_links, error);
+        fs::copy(entry.path(), staging_ / name,
+                 fs::copy_options::recursive | fs::copy_options::copy_symlinks | fs::copy_options::create_hard_links,
+                 error);
       } else {
         fs::create_hard_link(entry.path(), staging_ / name, error);
       }
       if (error) {
         error.clear();
-        fs::copy(entry.path(), staging_ / name, fs::copy_options::recursive | fs::copy_options::copy_symlinks | fs::copy_options::overwrite_existing, error);
+        fs::copy(entry.path(), staging_ / name,
+                 fs::copy_options::recursive | fs::copy_options::copy_symlinks | fs::copy_options::overwrite_existing,
+                 error);
       }
       check(error, entry.path(), "cannot be kept");
     }
@@ -120,7 +125,8 @@ void sync_path(const fs::path& path) {
   if (file < 0) io_error(path, "cannot be synced", errno);
   const int code = ::fsync(file) == 0 ? 0 : errno;
   ::close(file);
-  if (code && code != EINVAL) io_error(path, "cannot be synced", code);  // EINVAL: this file system does not sync folders
+  if (code && code != EINVAL)
+    io_error(path, "cannot be synced", code);  // EINVAL: this file system does not sync folders
 }
 
 }  // namespace mcore_bridge

@@ -7,9 +7,9 @@
 
 namespace mcore_bridge {
 
-/// New content is written to a sibling folder and exchanged with the target in one step (renameat2 RENAME_EXCHANGE), so a
-/// crash at any moment leaves the old or the new state. Where the file system cannot exchange, the old folder is first
-/// renamed to ".<name>.old" and put back by the next use if the crash fell between the two renames.
+/// New content is written to a sibling folder and exchanged with the target in one step (renameat2 RENAME_EXCHANGE), so
+/// a crash at any moment leaves the old or the new state. Where the file system cannot exchange, the old folder is
+/// first renamed to ".<name>.old" and put back by the next use if the crash fell between the two renames.
 class AtomicFolder {
  public:
   explicit AtomicFolder(const std::string& target);
@@ -17,8 +17,8 @@ class AtomicFolder {
   const std::filesystem::path& staging() const { return staging_; }
   /// Removes what a killed run left, then makes the empty staging folder. One process does this.
   void begin();
-  /// Takes over every file of the old folder that `replaced` does not name, then exchanges. One process does this, after
-  /// all writers are done and their files are synced.
+  /// Takes over every file of the old folder that `replaced` does not name, then exchanges. One process does this,
+  /// after all writers are done and their files are synced.
   void commit(const std::function<bool(const std::string& file_name)>& replaced);
   /// Removes the staging folder; never throws.
   void abandon() noexcept;

@@ -16,13 +16,17 @@ const LoraOptions& adapter_options(const GPTModel& model, const std::string& nam
   if (found == model.lora_options.end()) {
     std::string known;
     for (const auto& [other, options] : model.lora_options) known += (known.empty() ? "" : ", ") + other;
-    fail<KeyError>("the model has no adapter '", name, "' (", known.empty() ? "none at all" : "there are: " + known, "); add_lora makes one");
+    fail<KeyError>("the model has no adapter '", name, "' (", known.empty() ? "none at all" : "there are: " + known,
+                   "); add_lora makes one");
   }
   return found->second;
 }
 
-std::vector<WeightRule> selected_rules(const GPTModel& model, const std::vector<WeightRule>& base, const Selection& selection) {
-  return selection.peft_format ? adapter_rules(base, adapter_options(model, selection.adapter_name), selection.adapter_name) : base;
+std::vector<WeightRule> selected_rules(const GPTModel& model, const std::vector<WeightRule>& base,
+                                       const Selection& selection) {
+  return selection.peft_format
+             ? adapter_rules(base, adapter_options(model, selection.adapter_name), selection.adapter_name)
+             : base;
 }
 
 std::string without_base_layer(std::string name) {
@@ -46,7 +50,8 @@ std::vector<PlannedParameter> planned_parameters(const Chunks& chunks, const Sel
       const auto found = tensors.find(plan.name);
       TORCH_INTERNAL_ASSERT(found != tensors.end(), "the plan's ", plan.name, " is no parameter");
       const auto tensor = found->second;
-      TORCH_INTERNAL_ASSERT(tensor.sizes() == at::IntArrayRef(plan.sizes), plan.name, " is ", tensor.sizes(), ", the plan says ", plan.sizes);
+      TORCH_INTERNAL_ASSERT(tensor.sizes() == at::IntArrayRef(plan.sizes), plan.name, " is ", tensor.sizes(),
+                            ", the plan says ", plan.sizes);
       const auto linear = linears.find(plan.name);
       std::function<at::Tensor()> value = [tensor] { return tensor.detach(); };
       if (selection.merge_lora && linear != linears.end()) {

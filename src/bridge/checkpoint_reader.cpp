@@ -27,9 +27,11 @@ CheckpointReader::CheckpointReader(const std::string& path, bool peft_format) {
   } else {
     std::string hint;
     for (const auto& file : fs::directory_iterator(folder, error)) {
-      if (file.path().extension() == ".bin") hint = "; it holds .bin files: open it in Transformers and save_pretrained to get safetensors";
+      if (file.path().extension() == ".bin")
+        hint = "; it holds .bin files: open it in Transformers and save_pretrained to get safetensors";
     }
-    fail<FileNotFoundError>(path, ": holds neither ", peft_format ? "" : "model.safetensors.index.json nor ", single, hint);
+    fail<FileNotFoundError>(path, ": holds neither ", peft_format ? "" : "model.safetensors.index.json nor ", single,
+                            hint);
   }
 }
 
@@ -41,15 +43,17 @@ void CheckpointReader::open_index(const std::string& folder, const std::string& 
   } catch (const nlohmann::json::exception& error) {
     fail(index, ": not JSON: ", error.what());
   }
-  MCB_CHECK(content.is_object() && content.contains("weight_map") && content["weight_map"].is_object(), index, ": weight_map is missing");
+  MCB_CHECK(content.is_object() && content.contains("weight_map") && content["weight_map"].is_object(), index,
+            ": weight_map is missing");
   std::set<std::string> shards;
   std::string missing;
   for (const auto& [name, shard] : content["weight_map"].items()) {
     MCB_CHECK(shard.is_string(), index, ": the shard of '", name, "' is no file name");
     const auto file = shard.get<std::string>();
-    MCB_CHECK(!file.empty() && file.find('/') == std::string::npos && file != "." && file != "..", index, ": the shard '", file, "' of '", name,
-              "' lies outside the folder");
-    if (shards.insert(file).second && !fs::exists(fs::path(folder) / file)) missing += (missing.empty() ? "" : ", ") + file;
+    MCB_CHECK(!file.empty() && file.find('/') == std::string::npos && file != "." && file != "..", index,
+              ": the shard '", file, "' of '", name, "' lies outside the folder");
+    if (shards.insert(file).second && !fs::exists(fs::path(folder) / file))
+      missing += (missing.empty() ? "" : ", ") + file;
   }
   if (!missing.empty()) fail<FileNotFoundError>(folder, ": shards named in the index are missing: ", missing);
   for (const auto& shard : shards) add((fs::path(folder) / shard).string());
@@ -65,7 +69,8 @@ void CheckpointReader::add(const std::string& path) {
   files_.push_back(std::make_unique<SafetensorsFile>(path));
   const auto* file = files_.back().get();
   for (const auto& [name, entry] : file->entries()) {
-    MCB_CHECK(tensors_.emplace(name, Tensor{file, &entry}).second, path, ": tensor '", name, "' is in another shard too");
+    MCB_CHECK(tensors_.emplace(name, Tensor{file, &entry}).second, path, ": tensor '", name,
+              "' is in another shard too");
   }
 }
 

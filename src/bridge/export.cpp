@@ -54,7 +54,8 @@ struct WeightExporter::State {
   }
 };
 
-WeightExporter::WeightExporter(Chunks chunks, SaveOptions options, int64_t bucket_bytes) : state_(std::make_unique<State>()) {
+WeightExporter::WeightExporter(Chunks chunks, SaveOptions options, int64_t bucket_bytes)
+    : state_(std::make_unique<State>()) {
   MCB_CHECK(!chunks.empty(), "export_weights: no model given");
   const Selection selection{options.peft_format, options.adapter_name, options.merge_lora};
   state_->parameters = planned_parameters(chunks, selection);

@@ -9,7 +9,8 @@ namespace mcore_bridge {
 Json inspect_checkpoint(const std::string& path) {
   namespace fs = std::filesystem;
   auto has = [&](const char* name) { return fs::exists(fs::path(path) / name); };
-  const bool adapter = has("adapter_model.safetensors") && !has("model.safetensors") && !has("model.safetensors.index.json");
+  const bool adapter =
+      has("adapter_model.safetensors") && !has("model.safetensors") && !has("model.safetensors.index.json");
   const CheckpointReader reader(path, adapter);
   Json files = Json::array(), tensors = Json::array();
   uint64_t total = 0;
@@ -18,7 +19,8 @@ Json inspect_checkpoint(const std::string& path) {
     files.push_back({{"name", name}, {"bytes", fs::file_size(file->path())}});
     for (const auto& [tensor, entry] : file->entries()) {
       const auto bytes = entry.end - entry.begin;
-      tensors.push_back({{"name", tensor}, {"dtype", entry.dtype_name}, {"shape", entry.shape}, {"bytes", bytes}, {"file", name}});
+      tensors.push_back(
+          {{"name", tensor}, {"dtype", entry.dtype_name}, {"shape", entry.shape}, {"bytes", bytes}, {"file", name}});
       total += bytes;
     }
   }

@@ -36,7 +36,8 @@ LoadReport load(const Chunks& chunks, const std::string& folder, const LoadOptio
   const auto parameters = planned_parameters(chunks, selection);
   const bool tied = !chunks[0]->config().untie_embeddings_and_output_weights;
 
-  // Everything is checked before anything is copied. The whole checkpoint is looked at, so that every rank finds the same.
+  // Everything is checked before anything is copied. The whole checkpoint is looked at, so that every rank finds the
+  // same.
   LoadReport report;
   std::vector<std::string> wrong;
   std::set<std::string> known;
@@ -53,8 +54,10 @@ LoadReport load(const Chunks& chunks, const std::string& folder, const LoadOptio
       text << tensor.name << " is " << shape << ", the model needs " << at::IntArrayRef(tensor.sizes());
       wrong.push_back(text.str());
     } else if (!c10::isFloatingType(found->entry->dtype) || c10::elementSize(found->entry->dtype) < 2) {
-      wrong.push_back(tensor.name + " is " + found->entry->dtype_name + ", the model needs a 16, 32 or 64 bit floating point weight" +
-                      (c10::elementSize(found->entry->dtype) == 1 ? " (quantised checkpoints are not read by this version)" : ""));
+      wrong.push_back(
+          tensor.name + " is " + found->entry->dtype_name +
+          ", the model needs a 16, 32 or 64 bit floating point weight" +
+          (c10::elementSize(found->entry->dtype) == 1 ? " (quantised checkpoints are not read by this version)" : ""));
     }
   }
   for (const auto& [name, tensor] : reader.tensors()) {
@@ -63,8 +66,9 @@ LoadReport load(const Chunks& chunks, const std::string& folder, const LoadOptio
   MCB_CHECK(wrong.empty(), "load_weights: ", folder, ": ", wrong.size(), " tensors do not fit:", joined(wrong));
   if (options.strict && !report.missing.empty()) {
     const bool head = report.missing.size() == 1 && report.missing[0] == "lm_head.weight";
-    fail<KeyError>("load_weights: ", folder, ": ", report.missing.size(), " tensors are missing:", joined(report.missing),
-                   head ? "\n(tie_word_embeddings is false in config.json, so the output layer needs its own matrix)" : "");
+    fail<KeyError>(
+        "load_weights: ", folder, ": ", report.missing.size(), " tensors are missing:", joined(report.missing),
+        head ? "\n(tie_word_embeddings is false in config.json, so the output layer needs its own matrix)" : "");
   }
 
   at::NoGradGuard no_grad;

@@ -25,10 +25,21 @@ struct DTypeRow {
   uint64_t bytes;
 };
 constexpr DTypeRow kDTypes[] = {
-    {"F32", ScalarType::Float, 4},  {"BF16", ScalarType::BFloat16, 2}, {"F16", ScalarType::Half, 2},   {"F64", ScalarType::Double, 8},
-    {"I64", ScalarType::Long, 8},   {"I32", ScalarType::Int, 4},       {"I16", ScalarType::Short, 2},  {"I8", ScalarType::Char, 1},
-    {"U8", ScalarType::Byte, 1},    {"U16", ScalarType::UInt16, 2},    {"U32", ScalarType::UInt32, 4}, {"U64", ScalarType::UInt64, 8},
-    {"BOOL", ScalarType::Bool, 1},  {"F8_E4M3", ScalarType::Float8_e4m3fn, 1}, {"F8_E5M2", ScalarType::Float8_e5m2, 1},
+    {"F32", ScalarType::Float, 4},
+    {"BF16", ScalarType::BFloat16, 2},
+    {"F16", ScalarType::Half, 2},
+    {"F64", ScalarType::Double, 8},
+    {"I64", ScalarType::Long, 8},
+    {"I32", ScalarType::Int, 4},
+    {"I16", ScalarType::Short, 2},
+    {"I8", ScalarType::Char, 1},
+    {"U8", ScalarType::Byte, 1},
+    {"U16", ScalarType::UInt16, 2},
+    {"U32", ScalarType::UInt32, 4},
+    {"U64", ScalarType::UInt64, 8},
+    {"BOOL", ScalarType::Bool, 1},
+    {"F8_E4M3", ScalarType::Float8_e4m3fn, 1},
+    {"F8_E5M2", ScalarType::Float8_e5m2, 1},
     {"F8_E8M0", ScalarType::Float8_e8m0fnu, 1},
 };
 constexpr uint64_t kLongestHeader = 100'000'000;  // as the reference implementation
@@ -41,7 +52,8 @@ nlohmann::json parse_strict(const std::string& text, const std::string& path) {
     using Event = nlohmann::json::parse_event_t;
     if (event == Event::object_start) keys.emplace_back();
     if (event == Event::object_end) keys.pop_back();
-    if (event == Event::key && !keys.back().insert(parsed.get<std::string>()).second) repeated = parsed.get<std::string>();
+    if (event == Event::key && !keys.back().insert(parsed.get<std::string>()).second)
+      repeated = parsed.get<std::string>();
     return true;
   };
   nlohmann::json header;
@@ -54,7 +66,8 @@ nlohmann::json parse_strict(const std::string& text, const std::string& path) {
   return header;
 }
 
-SafetensorsEntry parse_entry(const std::string& name, const nlohmann::json& value, uint64_t data_bytes, const std::string& path) {
+SafetensorsEntry parse_entry(const std::string& name, const nlohmann::json& value, uint64_t data_bytes,
+                             const std::string& path) {
   auto bad = [&](const auto&... what) { fail(path, ": tensor '", name, "': ", what...); };
   if (!value.is_object()) bad("its description is no object");
   for (const char* key : {"dtype", "shape", "data_offsets"}) {
@@ -63,7 +76,8 @@ SafetensorsEntry parse_entry(const std::string& name, const nlohmann::json& valu
   SafetensorsEntry entry;
   if (!value["dtype"].is_string()) bad("dtype is no string");
   entry.dtype_name = value["dtype"].get<std::string>();
-  const auto row = std::find_if(std::begin(kDTypes), std::end(kDTypes), [&](const auto& r) { return entry.dtype_name == r.name; });
+  const auto row =
+      std::find_if(std::begin(kDTypes), std::end(kDTypes), [&](const auto& r) { return entry.dtype_name == r.name; });
   if (row == std::end(kDTypes)) bad("dtype '", entry.dtype_name, "' is unknown");
   entry.dtype = row->dtype;
   if (!value["shape"].is_array()) bad("shape is no list");
@@ -79,15 +93,18 @@ SafetensorsEntry parse_entry(const std::string& name, const nlohmann::json& valu
     entry.shape.push_back(static_cast<int64_t>(extent));
   }
   const auto& offsets = value["data_offsets"];
-  if (!offsets.is_array() || offsets.size() != 2 || !offsets[0].is_number_unsigned() || !offsets[1].is_number_unsigned()) {
+  if (!offsets.is_array() || offsets.size() != 2 || !offsets[0].is_number_unsigned() ||
+      !offsets[1].is_number_unsigned()) {
     bad("data_offsets ", offsets.dump(), " is no pair of positions");
   }
   entry.begin = offsets[0].get<uint64_t>();
   entry.end = offsets[1].get<uint64_t>();
   if (entry.begin > entry.end) bad("data_offsets ", offsets.dump(), " run backwards");
-  if (entry.end > data_bytes) bad("its data ends at byte ", entry.end, ", the file holds ", data_bytes, " (truncated?)");
+  if (entry.end > data_bytes)
+    bad("its data ends at byte ", entry.end, ", the file holds ", data_bytes, " (truncated?)");
   if (entry.end - entry.begin != bytes) {
-    bad("its data has ", entry.end - entry.begin, " bytes, shape ", value["shape"].dump(), " of ", entry.dtype_name, " needs ", bytes);
+    bad("its data has ", entry.end - entry.begin, " bytes, shape ", value["shape"].dump(), " of ", entry.dtype_name,
+        " needs ", bytes);
   }
   return entry;
 }
@@ -101,7 +118,8 @@ const char* safetensors_dtype(c10::ScalarType dtype) {
   fail("safetensors has no name for dtype ", c10::toString(dtype));
 }
 
-std::map<std::string, SafetensorsEntry> parse_safetensors_header(const std::string& text, uint64_t data_bytes, const std::string& path) {
+std::map<std::string, SafetensorsEntry> parse_safetensors_header(const std::string& text, uint64_t data_bytes,
+                                                                 const std::string& path) {
   const auto header = parse_strict(text, path);
   MCB_CHECK(header.is_object(), path, ": the header is no JSON object");
   std::map<std::string, SafetensorsEntry> entries;
@@ -109,7 +127,8 @@ std::map<std::string, SafetensorsEntry> parse_safetensors_header(const std::stri
   for (const auto& [name, value] : header.items()) {
     if (name == "__metadata__") {
       MCB_CHECK(value.is_object(), path, ": __metadata__ is no object");
-      for (const auto& item : value) MCB_CHECK(item.is_string(), path, ": __metadata__ holds something other than strings");
+      for (const auto& item : value)
+        MCB_CHECK(item.is_string(), path, ": __metadata__ holds something other than strings");
       continue;
     }
     auto entry = parse_entry(name, value, data_bytes, path);
@@ -149,10 +168,13 @@ SafetensorsFile::SafetensorsFile(const std::string& path) : path_(path) {
     const auto* bytes = static_cast<const std::byte*>(mapping_);
     uint64_t length = 0;
     std::memcpy(&length, bytes, 8);
-    MCB_CHECK(length <= kLongestHeader, path, ": a header of ", length, " bytes is too long for a safetensors file (limit ", kLongestHeader, ")");
-    MCB_CHECK(length <= size_ - 8, path, ": the header has ", length, " bytes, the file ends after ", size_ - 8, " (truncated?)");
+    MCB_CHECK(length <= kLongestHeader, path, ": a header of ", length,
+              " bytes is too long for a safetensors file (limit ", kLongestHeader, ")");
+    MCB_CHECK(length <= size_ - 8, path, ": the header has ", length, " bytes, the file ends after ", size_ - 8,
+              " (truncated?)");
     data_ = bytes + 8 + length;
-    entries_ = parse_safetensors_header(std::string(reinterpret_cast<const char*>(bytes) + 8, length), size_ - 8 - length, path);
+    entries_ = parse_safetensors_header(std::string(reinterpret_cast<const char*>(bytes) + 8, length),
+                                        size_ - 8 - length, path);
   } catch (...) {
     ::munmap(mapping_, size_);
     throw;

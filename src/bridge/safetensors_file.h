@@ -1,5 +1,5 @@
-// One safetensors file, memory-mapped. Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length,
-// JSON header, data). Every field is checked when the file is opened; nothing of the data is read.
+// One safetensors file, memory-mapped. Format: https://huggingface.co/docs/safetensors (8-byte little-endian header
+// length, JSON header, data). Every field is checked when the file is opened; nothing of the data is read.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -19,7 +19,8 @@ struct SafetensorsEntry {
 };
 
 /// Throws ValueError with the file's path and what is wrong with its header.
-std::map<std::string, SafetensorsEntry> parse_safetensors_header(const std::string& header, uint64_t data_bytes, const std::string& path);
+std::map<std::string, SafetensorsEntry> parse_safetensors_header(const std::string& header, uint64_t data_bytes,
+                                                                 const std::string& path);
 
 /// "F32", "BF16", ... of a dtype this engine writes.
 const char* safetensors_dtype(c10::ScalarType dtype);

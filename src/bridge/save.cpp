@@ -18,7 +18,8 @@ namespace {
 /// Files of a layout, open for writing at any place; synced and closed at the end.
 class ShardWriter {
  public:
-  ShardWriter(std::filesystem::path folder, const ShardLayout& layout) : folder_(std::move(folder)), layout_(layout), files_(layout.files.size(), -1) {}
+  ShardWriter(std::filesystem::path folder, const ShardLayout& layout)
+      : folder_(std::move(folder)), layout_(layout), files_(layout.files.size(), -1) {}
   ~ShardWriter() {
     for (const int file : files_) {
       if (file >= 0) ::close(file);
@@ -68,7 +69,8 @@ class ShardWriter {
 
 constexpr int64_t kBlockBytes = 64 << 20;  // bounds the host copy of a block that has to leave a device or be packed
 
-void write_region(ShardWriter& writer, const ShardLayout::Place& place, const HfTensor& tensor, const Region& region, const at::Tensor& parameter) {
+void write_region(ShardWriter& writer, const ShardLayout::Place& place, const HfTensor& tensor, const Region& region,
+                  const at::Tensor& parameter) {
   const auto element = static_cast<int64_t>(parameter.element_size());
   const auto matrix = as_matrix(parameter);
   const auto rows_per_block = std::max<int64_t>(1, kBlockBytes / (region.cols * element));
@@ -76,19 +78,22 @@ void write_region(ShardWriter& writer, const ShardLayout::Place& place, const Hf
     const auto rows = std::min(rows_per_block, region.rows - row);
     const auto block = box(matrix, region.row + row, region.col, rows, region.cols).to(at::kCPU).contiguous();
     const auto* data = static_cast<const char*>(block.const_data_ptr());
-    const auto start = place.offset + static_cast<uint64_t>(((region.hf_row + row) * tensor.cols + region.hf_col) * element);
+    const auto start =
+        place.offset + static_cast<uint64_t>(((region.hf_row + row) * tensor.cols + region.hf_col) * element);
     if (region.cols == tensor.cols) {
       writer.write(place.file, start, data, static_cast<size_t>(rows * region.cols * element));
       continue;
     }
     const auto piece = static_cast<size_t>(region.cols * element);
-    for (int64_t i = 0; i < rows; ++i) writer.write(place.file, start + static_cast<uint64_t>(i * tensor.cols * element), data + i * piece, piece);
+    for (int64_t i = 0; i < rows; ++i)
+      writer.write(place.file, start + static_cast<uint64_t>(i * tensor.cols * element), data + i * piece, piece);
   }
 }
 
 /// Weight files that the new ones stand for.
 bool is_replaced(const std::string& name, bool peft_format) {
-  const bool weights = name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json") || name.ends_with(".bin") || name.ends_with(".bin.index.json");
+  const bool weights = name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json") ||
+                       name.ends_with(".bin") || name.ends_with(".bin.index.json");
   if (peft_format) return weights && name.starts_with("adapter_model");
   return weights && (name.starts_with("model") || name.starts_with("pytorch_model"));
 }
@@ -97,7 +102,8 @@ bool is_replaced(const std::string& name, bool peft_format) {
 
 void save_weights(const Chunks& chunks, const std::string& folder, const SaveOptions& options) {
   MCB_CHECK(!chunks.empty(), "save_weights: no model given");
-  MCB_CHECK(!(options.peft_format && options.merge_lora), "save_weights: peft_format and merge_lora exclude each other");
+  MCB_CHECK(!(options.peft_format && options.merge_lora),
+            "save_weights: peft_format and merge_lora exclude each other");
   const auto& model = *chunks[0];
   const auto& parallel = model.parallel();
   const Selection selection{options.peft_format, options.adapter_name, options.merge_lora};
@@ -113,7 +119,8 @@ void save_weights(const Chunks& chunks, const std::string& folder, const SaveOpt
     layout = shard_layout(whole_checkpoint(chunks, selection), model.config().params_dtype, options.max_shard_bytes,
                           options.peft_format ? "adapter_model" : "model");
     for (const auto& [name, content] : options.extra_files) {
-      MCB_CHECK(!name.empty() && name.find('/') == std::string::npos && name[0] != '.', "save_weights: extra file '", name, "' is no plain file name");
+      MCB_CHECK(!name.empty() && name.find('/') == std::string::npos && name[0] != '.', "save_weights: extra file '",
+                name, "' is no plain file name");
     }
     target = std::make_unique<AtomicFolder>(folder);
   });

@@ -9,7 +9,8 @@
 
 namespace mcore_bridge {
 
-ShardLayout shard_layout(const std::vector<HfTensor>& tensors, c10::ScalarType dtype, int64_t max_shard_bytes, const std::string& stem) {
+ShardLayout shard_layout(const std::vector<HfTensor>& tensors, c10::ScalarType dtype, int64_t max_shard_bytes,
+                         const std::string& stem) {
   MCB_CHECK(max_shard_bytes > 0, "max_shard_size: must be positive");
   MCB_CHECK(!tensors.empty(), "save_weights: there is nothing to save");
   const auto element = static_cast<uint64_t>(c10::elementSize(dtype));
@@ -43,7 +44,8 @@ ShardLayout shard_layout(const std::vector<HfTensor>& tensors, c10::ScalarType d
     uint64_t at = 0;
     for (const auto* tensor : shards[i]) {
       const auto end = at + bytes_of(*tensor);
-      header[tensor->name] = {{"dtype", safetensors_dtype(dtype)}, {"shape", tensor->sizes()}, {"data_offsets", {at, end}}};
+      header[tensor->name] = {
+          {"dtype", safetensors_dtype(dtype)}, {"shape", tensor->sizes()}, {"data_offsets", {at, end}}};
       layout.places[tensor->name] = {static_cast<int>(i), at};
       weight_map[tensor->name] = file.name;
       at = end;
@@ -59,7 +61,8 @@ ShardLayout shard_layout(const std::vector<HfTensor>& tensors, c10::ScalarType d
     layout.files.push_back(std::move(file));
   }
   if (shards.size() > 1) {
-    layout.index = nlohmann::ordered_json({{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}}).dump(2) + "\n";
+    layout.index =
+        nlohmann::ordered_json({{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}}).dump(2) + "\n";
   }
   return layout;
 }

@@ -27,8 +27,9 @@ struct ShardLayout {
   std::map<std::string, Place> places;
 };
 
-/// Tensors fill files in order; a file is closed when the next tensor would exceed `max_shard_bytes`. `stem`: "model" or
-/// "adapter_model" (which is always one file). All tensors have `dtype`.
-ShardLayout shard_layout(const std::vector<HfTensor>& tensors, c10::ScalarType dtype, int64_t max_shard_bytes, const std::string& stem);
+/// Tensors fill files in order; a file is closed when the next tensor would exceed `max_shard_bytes`. `stem`: "model"
+/// or "adapter_model" (which is always one file). All tensors have `dtype`.
+ShardLayout shard_layout(const std::vector<HfTensor>& tensors, c10::ScalarType dtype, int64_t max_shard_bytes,
+                         const std::string& stem);
 
 }  // namespace mcore_bridge

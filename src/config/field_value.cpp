@@ -17,8 +17,8 @@ struct DTypeName {
   DType dtype;
 };
 constexpr DTypeName kDTypes[] = {
-    {"float32", at::kFloat}, {"fp32", at::kFloat},    {"float", at::kFloat},    {"bfloat16", at::kBFloat16},
-    {"bf16", at::kBFloat16}, {"float16", at::kHalf}, {"fp16", at::kHalf},      {"half", at::kHalf},
+    {"float32", at::kFloat}, {"fp32", at::kFloat},   {"float", at::kFloat}, {"bfloat16", at::kBFloat16},
+    {"bf16", at::kBFloat16}, {"float16", at::kHalf}, {"fp16", at::kHalf},   {"half", at::kHalf},
 };
 
 }  // namespace
@@ -31,7 +31,8 @@ void read_field(const char* name, const Json& value, bool& field) {
 void read_field(const char* name, const Json& value, int64_t& field) {
   if (value.is_number_integer()) {
     field = value.get<int64_t>();
-  } else if (value.is_number_float() && std::floor(value.get<double>()) == value.get<double>() && std::abs(value.get<double>()) < 1e15) {
+  } else if (value.is_number_float() && std::floor(value.get<double>()) == value.get<double>() &&
+             std::abs(value.get<double>()) < 1e15) {
     field = static_cast<int64_t>(value.get<double>());
   } else {
     wrong(name, value, "an integer");

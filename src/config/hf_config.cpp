@@ -49,7 +49,7 @@ struct ActivationName {
   const char* ours;
 };
 constexpr ActivationName kActivations[] = {
-    {"silu", "silu"},           {"swish", "silu"},           {"gelu", "gelu"},
+    {"silu", "silu"},          {"swish", "silu"},          {"gelu", "gelu"},
     {"gelu_new", "gelu_tanh"}, {"gelu_fast", "gelu_tanh"}, {"gelu_pytorch_tanh", "gelu_tanh"},
 };
 
@@ -62,7 +62,8 @@ Json converted(const char* key, const Json& value, Convert convert) {
     for (const auto& name : kActivations) {
       if (value == name.hf) return name.ours;
     }
-    fail("config.json: ", key, " ", value.dump(), " is not supported; supported: silu, gelu, gelu_new, gelu_pytorch_tanh");
+    fail("config.json: ", key, " ", value.dump(),
+         " is not supported; supported: silu, gelu, gelu_new, gelu_pytorch_tanh");
   }
   return value;
 }
@@ -129,7 +130,8 @@ Json ModelConfig::from_hf(const Json& hf) {
   unpack_rope(fields);
   if (family->configure) family->configure(fields, text_part(hf));
   std::string missing;
-  for (const char* field : {"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "padded_vocab_size"}) {
+  for (const char* field :
+       {"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "padded_vocab_size"}) {
     if (fields.contains(field)) continue;
     for (const auto& row : key_table()) {
       if (std::string(row.field) == field) missing += (missing.empty() ? "" : ", ") + std::string(row.keys[0]);
@@ -142,7 +144,8 @@ Json ModelConfig::from_hf(const Json& hf) {
 ModelConfig ModelConfig::from_folder(const std::string& folder, const Json& overrides) {
   const auto path = std::filesystem::path(folder) / "config.json";
   std::ifstream file(path);
-  if (!file) fail<FileNotFoundError>(path.string(), ": cannot be opened; a Hugging Face model folder holds config.json");
+  if (!file)
+    fail<FileNotFoundError>(path.string(), ": cannot be opened; a Hugging Face model folder holds config.json");
   Json hf;
   try {
     hf = Json::parse(file);

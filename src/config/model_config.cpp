@@ -11,10 +11,10 @@ ModelConfig ModelConfig::from_json(const Json& values) {
   ModelConfig config;
   for (const auto& [key, value] : values.items()) {
     bool known = false;
-#define MCB_FIELD(type, name, default_value, doc)                         \
-  if (!known && key == #name) {                                           \
-    known = true;                                                         \
-    if (!value.is_null()) read_field(#name, value, config.name);          \
+#define MCB_FIELD(type, name, default_value, doc)                \
+  if (!known && key == #name) {                                  \
+    known = true;                                                \
+    if (!value.is_null()) read_field(#name, value, config.name); \
   }
 #include "mcore_bridge/model_config.def"
 #undef MCB_FIELD
@@ -42,8 +42,11 @@ std::vector<std::string> field_names() {
 Json config_fields() {
   const ModelConfig defaults;
   Json result = Json::array();
-#define MCB_FIELD(type, name, default_value, doc) \
-  result.push_back({{"name", #name}, {"type", field_type(defaults.name)}, {"default", write_field(defaults.name)}, {"doc", doc}});
+#define MCB_FIELD(type, name, default_value, doc)                                                  \
+  result.push_back({                                                                               \
+    { "name", #name }                                                                              \
+    , {"type", field_type(defaults.name)}, {"default", write_field(defaults.name)}, { "doc", doc } \
+  });
 #include "mcore_bridge/model_config.def"
 #undef MCB_FIELD
   return result;
@@ -88,7 +91,8 @@ LayerRange ModelConfig::layers_of(int pp_rank, int vp_stage) const {
     return range;
   }
   // The embedding and the loss count as layers of the first and the last chunk.
-  const int64_t before = account_for_embedding_in_pipeline_split ? 1 : 0, after = account_for_loss_in_pipeline_split ? 1 : 0;
+  const int64_t before = account_for_embedding_in_pipeline_split ? 1 : 0,
+                after = account_for_loss_in_pipeline_split ? 1 : 0;
   const int64_t per_chunk = (num_layers + before + after) / (stages * chunks);
   const int64_t index = static_cast<int64_t>(vp_stage) * stages + pp_rank;
   LayerRange range{index * per_chunk - (index > 0 ? before : 0), per_chunk};

@@ -1,9 +1,10 @@
 // Patterns such as "[0]*3+[1]*45": sums of lists, each possibly repeated.
+#include "config/pattern.h"
+
 #include <cctype>
 
 #include "mcore_bridge/error.h"
 #include "mcore_bridge/model_config.h"
-#include "config/pattern.h"
 
 namespace mcore_bridge {
 namespace {
@@ -107,8 +108,8 @@ Pattern parse_pattern(const std::string& text, const char* field) {
   Pattern result;
   bool digits = !text.empty();
   for (const char c : text) {
-    MCB_CHECK(std::isdigit(static_cast<unsigned char>(c)) || std::string(",[]()+* ").find(c) != std::string::npos, field, ": '", text,
-              "' may hold only digits and , [ ] ( ) + *");
+    MCB_CHECK(std::isdigit(static_cast<unsigned char>(c)) || std::string(",[]()+* ").find(c) != std::string::npos,
+              field, ": '", text, "' may hold only digits and , [ ] ( ) + *");
     digits = digits && std::isdigit(static_cast<unsigned char>(c));
   }
   if (digits && text.size() <= 7) {
@@ -126,7 +127,8 @@ IntList Pattern::expand(int64_t num_layers, int64_t nth, const char* field) cons
     for (int64_t layer = 0; layer < num_layers; ++layer) result.push_back((layer + 1) % *every == 0 ? nth : 1 - nth);
     return result;
   }
-  MCB_CHECK(static_cast<int64_t>(list.size()) == num_layers, field, ": the pattern has ", list.size(), " entries, the model ", num_layers, " layers");
+  MCB_CHECK(static_cast<int64_t>(list.size()) == num_layers, field, ": the pattern has ", list.size(),
+            " entries, the model ", num_layers, " layers");
   for (const auto flag : list) MCB_CHECK(flag == 0 || flag == 1, field, ": entries must be 0 or 1, found ", flag);
   return list;
 }

@@ -30,7 +30,8 @@ class Scaling {
   std::vector<double> list(const char* key, size_t length) const {
     MCB_CHECK(has(key) && values_[key].is_array(), "rope_scaling: ", kind(), " needs the list '", key, "'");
     auto result = values_[key].get<std::vector<double>>();
-    MCB_CHECK(result.size() == length, "rope_scaling: '", key, "' has ", result.size(), " entries, expected ", length, " (one per rotated pair)");
+    MCB_CHECK(result.size() == length, "rope_scaling: '", key, "' has ", result.size(), " entries, expected ", length,
+              " (one per rotated pair)");
     return result;
   }
 
@@ -45,7 +46,8 @@ int64_t rotated_width(const ModelConfig& config) {
 std::vector<float> powers(double base, int64_t width) {
   std::vector<float> result;
   // In float, as Transformers computes them.
-  for (int64_t i = 0; i < width; i += 2) result.push_back(std::pow(static_cast<float>(base), static_cast<float>(i) / static_cast<float>(width)));
+  for (int64_t i = 0; i < width; i += 2)
+    result.push_back(std::pow(static_cast<float>(base), static_cast<float>(i) / static_cast<float>(width)));
   return result;
 }
 
@@ -55,7 +57,8 @@ std::vector<float> inverse(std::vector<float> values) {
 }
 
 int64_t needed_length(const ModelConfig& config, const Scaling& scaling) {
-  if (scaling.has("original_max_position_embeddings")) return static_cast<int64_t>(scaling.number("original_max_position_embeddings"));
+  if (scaling.has("original_max_position_embeddings"))
+    return static_cast<int64_t>(scaling.number("original_max_position_embeddings"));
   if (config.original_max_position_embeddings) return *config.original_max_position_embeddings;
   MCB_CHECK(config.max_position_embeddings, "rope_scaling: ", scaling.kind(), " needs max_position_embeddings");
   return *config.max_position_embeddings;
@@ -104,7 +107,8 @@ RopeFrequencies yarn(const ModelConfig& config, const Scaling& scaling, int64_t)
   }
   // The pair that turns `rotations` times over the original context.
   auto pair_at = [&](double rotations) {
-    return static_cast<double>(width) * std::log(original / (rotations * 2 * std::numbers::pi)) / (2 * std::log(config.rotary_base));
+    return static_cast<double>(width) * std::log(original / (rotations * 2 * std::numbers::pi)) /
+           (2 * std::log(config.rotary_base));
   };
   const auto beta_fast = scaling.number("beta_fast", 0) != 0 ? scaling.number("beta_fast") : 32.0;
   const auto beta_slow = scaling.number("beta_slow", 0) != 0 ? scaling.number("beta_slow") : 1.0;
@@ -137,7 +141,8 @@ RopeFrequencies longrope(const ModelConfig& config, const Scaling& scaling, int6
     factor = static_cast<double>(*config.max_position_embeddings) / static_cast<double>(original);
   }
   const double inferred = factor <= 1 ? 1.0 : std::sqrt(1 + std::log(factor) / std::log(static_cast<double>(original)));
-  const auto stretch = scaling.list(seq_len > original ? "long_factor" : "short_factor", static_cast<size_t>(width / 2));
+  const auto stretch =
+      scaling.list(seq_len > original ? "long_factor" : "short_factor", static_cast<size_t>(width / 2));
   auto values = powers(config.rotary_base, width);
   for (size_t i = 0; i < values.size(); ++i) values[i] *= static_cast<float>(stretch[i]);
   return {inverse(values), scaling.number("attention_factor", inferred)};

@@ -8,8 +8,8 @@
 
 namespace mcore_bridge {
 
-/// Accepts a value that changes nothing here (a default, or a hint about speed); throws ValueError for one that would be
-/// ignored at the user's cost, and KeyError naming the nearest field for a name nobody knows.
+/// Accepts a value that changes nothing here (a default, or a hint about speed); throws ValueError for one that would
+/// be ignored at the user's cost, and KeyError naming the nearest field for a name nobody knows.
 void check_unsupported(const std::string& name, const Json& value);
 
 /// Names of all fields of ModelConfig.

@@ -24,8 +24,10 @@ void check_supported(const ModelConfig& c) {
   only("hidden_act", c.hidden_act, {"silu", "gelu", "gelu_tanh"});
   only("task_type", c.task_type, {"causal_lm"});
   MCB_CHECK(c.swiglu, "ModelConfig.swiglu: an MLP without gate is not supported by this version");
-  MCB_CHECK(c.context_parallel_size == 1, "ModelConfig.context_parallel_size: ", c.context_parallel_size, " is not supported by this version (only 1)");
-  MCB_CHECK(c.virtual_stages() == 1, "ModelConfig.virtual_pipeline_model_parallel_size: ", c.virtual_stages(), " is not supported by this version (only 1)");
+  MCB_CHECK(c.context_parallel_size == 1, "ModelConfig.context_parallel_size: ", c.context_parallel_size,
+            " is not supported by this version (only 1)");
+  MCB_CHECK(c.virtual_stages() == 1, "ModelConfig.virtual_pipeline_model_parallel_size: ", c.virtual_stages(),
+            " is not supported by this version (only 1)");
   MCB_CHECK(c.expert_model_parallel_size == 1, "ModelConfig.expert_model_parallel_size: ", c.expert_model_parallel_size,
             " needs a mixture-of-experts model, which this version does not have");
 }
@@ -34,14 +36,16 @@ void check_supported(const ModelConfig& c) {
 std::string common_divisors(std::initializer_list<int64_t> values, int64_t most) {
   std::string text;
   for (int64_t d = 1; d <= most; ++d) {
-    if (std::all_of(values.begin(), values.end(), [&](int64_t v) { return v % d == 0; })) text += (text.empty() ? "" : ", ") + std::to_string(d);
+    if (std::all_of(values.begin(), values.end(), [&](int64_t v) { return v % d == 0; }))
+      text += (text.empty() ? "" : ", ") + std::to_string(d);
   }
   return text;
 }
 
 void check_ranges(const ModelConfig& c) {
   auto positive = [](const char* field, int64_t value) {
-    MCB_CHECK(value > 0, "ModelConfig.", field, ": ", value, " must be at least 1", value == 0 ? " (is it missing in config.json?)" : "");
+    MCB_CHECK(value > 0, "ModelConfig.", field, ": ", value, " must be at least 1",
+              value == 0 ? " (is it missing in config.json?)" : "");
   };
   positive("num_layers", c.num_layers);
   positive("hidden_size", c.hidden_size);
@@ -65,24 +69,27 @@ void check_ranges(const ModelConfig& c) {
   MCB_CHECK(c.init_method_std >= 0, "ModelConfig.init_method_std: ", c.init_method_std, " must not be negative");
   const double share = c.partial_rotary_factor.value_or(c.rotary_percent);
   MCB_CHECK(share > 0 && share <= 1, "ModelConfig.rotary_percent: ", share, " must be in (0, 1]");
-  MCB_CHECK(static_cast<int64_t>(static_cast<double>(c.head_dim()) * share) % 2 == 0, "ModelConfig.rotary_percent: ", share, " of kv_channels ",
-            c.head_dim(), " is not an even number of rotated entries");
-  MCB_CHECK(c.window_size.empty() || c.window_size.size() == 2, "ModelConfig.window_size: needs (left, right), found ", c.window_size.size(), " numbers");
+  MCB_CHECK(static_cast<int64_t>(static_cast<double>(c.head_dim()) * share) % 2 == 0,
+            "ModelConfig.rotary_percent: ", share, " of kv_channels ", c.head_dim(),
+            " is not an even number of rotated entries");
+  MCB_CHECK(c.window_size.empty() || c.window_size.size() == 2, "ModelConfig.window_size: needs (left, right), found ",
+            c.window_size.size(), " numbers");
   MCB_CHECK(c.window_size.empty() || (c.window_size[0] >= -1 && (c.window_size[1] == 0 || c.window_size[1] == -1)),
             "ModelConfig.window_size: left must be -1 or more and right 0 (attention is causal)");
-  MCB_CHECK(c.window_attn_skip_freq.empty() || !c.window_size.empty(), "ModelConfig.window_attn_skip_freq: is given without window_size");
+  MCB_CHECK(c.window_attn_skip_freq.empty() || !c.window_size.empty(),
+            "ModelConfig.window_attn_skip_freq: is given without window_size");
   if (!c.window_attn_skip_freq.empty()) c.window_attn_skip_freq.expand(c.num_layers, 0, "window_attn_skip_freq");
   if (!c.no_rope_freq.empty()) c.no_rope_freq.expand(c.num_layers, 1, "no_rope_freq");
-  MCB_CHECK(c.num_attention_heads % c.query_groups() == 0, "ModelConfig.num_query_groups: ", c.query_groups(), " does not divide num_attention_heads ",
-            c.num_attention_heads);
+  MCB_CHECK(c.num_attention_heads % c.query_groups() == 0, "ModelConfig.num_query_groups: ", c.query_groups(),
+            " does not divide num_attention_heads ", c.num_attention_heads);
   if (c.position_embedding_type == "rope") rope_frequencies(c, c.max_position_embeddings.value_or(1));
 }
 
 void check_tensor_parallel(const ModelConfig& c) {
   const auto tp = c.tensor_model_parallel_size, heads = c.num_attention_heads, groups = c.query_groups();
   auto divides = [&](const char* field, int64_t value) {
-    MCB_CHECK(value % tp == 0, "tensor_model_parallel_size ", tp, " does not divide ", field, " ", value, "; use one of ",
-              common_divisors({heads, c.ffn_hidden_size}, heads));
+    MCB_CHECK(value % tp == 0, "tensor_model_parallel_size ", tp, " does not divide ", field, " ", value,
+              "; use one of ", common_divisors({heads, c.ffn_hidden_size}, heads));
   };
   divides("num_attention_heads", heads);
   divides("ffn_hidden_size", c.ffn_hidden_size);
@@ -94,25 +101,35 @@ void check_pipeline(const ModelConfig& c) {
   const auto stages = c.pipeline_model_parallel_size, chunks = c.virtual_stages();
   const auto first = c.num_layers_in_first_pipeline_stage, last = c.num_layers_in_last_pipeline_stage;
   const bool accounts = c.account_for_embedding_in_pipeline_split || c.account_for_loss_in_pipeline_split;
-  MCB_CHECK(chunks == 1 || stages > 1, "virtual_pipeline_model_parallel_size ", chunks, " needs pipeline_model_parallel_size above 1");
+  MCB_CHECK(chunks == 1 || stages > 1, "virtual_pipeline_model_parallel_size ", chunks,
+            " needs pipeline_model_parallel_size above 1");
   if (first || last) {
-    MCB_CHECK(!accounts, "num_layers_in_first/last_pipeline_stage and account_for_embedding/loss_in_pipeline_split exclude each other");
+    MCB_CHECK(
+        !accounts,
+        "num_layers_in_first/last_pipeline_stage and account_for_embedding/loss_in_pipeline_split exclude each other");
     MCB_CHECK(stages > 1, "num_layers_in_first/last_pipeline_stage needs pipeline_model_parallel_size above 1");
-    MCB_CHECK(chunks == 1, "num_layers_in_first/last_pipeline_stage with virtual stages is not supported by this version");
+    MCB_CHECK(chunks == 1,
+              "num_layers_in_first/last_pipeline_stage with virtual stages is not supported by this version");
     const auto fixed = (first ? 1 : 0) + (last ? 1 : 0);
     const auto middle = c.num_layers - first.value_or(0) - last.value_or(0);
-    MCB_CHECK(first.value_or(1) > 0 && last.value_or(1) > 0 && middle >= 0, "num_layers_in_first/last_pipeline_stage: ", first.value_or(0), " and ",
-              last.value_or(0), " do not fit into num_layers ", c.num_layers);
+    MCB_CHECK(first.value_or(1) > 0 && last.value_or(1) > 0 && middle >= 0,
+              "num_layers_in_first/last_pipeline_stage: ", first.value_or(0), " and ", last.value_or(0),
+              " do not fit into num_layers ", c.num_layers);
     const auto others = stages - fixed;
-    MCB_CHECK(others > 0 ? (middle > 0 && middle % others == 0) : middle == 0, "num_layers_in_first/last_pipeline_stage: the ", middle,
+    MCB_CHECK(others > 0 ? (middle > 0 && middle % others == 0) : middle == 0,
+              "num_layers_in_first/last_pipeline_stage: the ", middle,
               " layers left do not spread evenly over the other ", others, " pipeline stages");
     return;
   }
-  const auto counted = c.num_layers + (c.account_for_embedding_in_pipeline_split ? 1 : 0) + (c.account_for_loss_in_pipeline_split ? 1 : 0);
-  MCB_CHECK(counted % (stages * chunks) == 0, "pipeline_model_parallel_size ", stages, (chunks > 1 ? " x virtual stages " + std::to_string(chunks) : ""),
-            " does not divide num_layers ", c.num_layers, accounts ? " (with embedding/loss counted as layers)" : "", "; use one of ",
-            common_divisors({counted}, counted), ", or set num_layers_in_first_pipeline_stage / num_layers_in_last_pipeline_stage");
-  MCB_CHECK(counted / (stages * chunks) > (accounts ? 1 : 0), "pipeline_model_parallel_size ", stages, ": a stage would hold no layer");
+  const auto counted = c.num_layers + (c.account_for_embedding_in_pipeline_split ? 1 : 0) +
+                       (c.account_for_loss_in_pipeline_split ? 1 : 0);
+  MCB_CHECK(counted % (stages * chunks) == 0, "pipeline_model_parallel_size ", stages,
+            (chunks > 1 ? " x virtual stages " + std::to_string(chunks) : ""), " does not divide num_layers ",
+            c.num_layers, accounts ? " (with embedding/loss counted as layers)" : "", "; use one of ",
+            common_divisors({counted}, counted),
+            ", or set num_layers_in_first_pipeline_stage / num_layers_in_last_pipeline_stage");
+  MCB_CHECK(counted / (stages * chunks) > (accounts ? 1 : 0), "pipeline_model_parallel_size ", stages,
+            ": a stage would hold no layer");
 }
 
 }  // namespace

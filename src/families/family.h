@@ -4,8 +4,8 @@
 #include <string>
 #include <vector>
 
-#include "plan/weight_rule.h"
 #include "mcore_bridge/model_config.h"
+#include "plan/weight_rule.h"
 
 namespace mcore_bridge {
 
@@ -16,8 +16,8 @@ struct FamilySpec {
   void (*configure)(Json& values, const Json& hf) = nullptr;
   /// Weights of the (global) decoder layer `layer`, names relative to "decoder.layers.N." and "model.layers.N.".
   std::vector<WeightRule> (*layer_weights)(const ModelConfig& config, int64_t layer) = nullptr;
-  std::string documentation;             ///< one line for the model list
-  std::string hf_prefix = "model.";      ///< before layers, embed_tokens and norm
+  std::string documentation;         ///< one line for the model list
+  std::string hf_prefix = "model.";  ///< before layers, embed_tokens and norm
 };
 
 /// The visible table.

@@ -17,7 +17,10 @@ std::vector<WeightRule> layer_weights(const ModelConfig& config, int64_t) {
 }  // namespace
 
 FamilySpec llama_family() {
-  return {.name = "llama", .model_types = {"llama"}, .configure = configure, .layer_weights = layer_weights,
+  return {.name = "llama",
+          .model_types = {"llama"},
+          .configure = configure,
+          .layer_weights = layer_weights,
           .documentation = "Llama 2 and 3, Yi, SmolLM2 and others of the llama type"};
 }
 

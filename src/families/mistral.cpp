@@ -12,7 +12,10 @@ std::vector<WeightRule> layer_weights(const ModelConfig& config, int64_t) {
 }  // namespace
 
 FamilySpec mistral_family() {
-  return {.name = "mistral", .model_types = {"mistral"}, .configure = configure_sliding_window, .layer_weights = layer_weights,
+  return {.name = "mistral",
+          .model_types = {"mistral"},
+          .configure = configure_sliding_window,
+          .layer_weights = layer_weights,
           .documentation = "Mistral 7B and its descendants, with or without a sliding window"};
 }
 

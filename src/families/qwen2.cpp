@@ -17,7 +17,10 @@ std::vector<WeightRule> layer_weights(const ModelConfig& config, int64_t) {
 }  // namespace
 
 FamilySpec qwen2_family() {
-  return {.name = "qwen2", .model_types = {"qwen2"}, .configure = configure, .layer_weights = layer_weights,
+  return {.name = "qwen2",
+          .model_types = {"qwen2"},
+          .configure = configure,
+          .layer_weights = layer_weights,
           .documentation = "Qwen1.5, Qwen2 and Qwen2.5 dense models"};
 }
 

@@ -18,7 +18,10 @@ std::vector<WeightRule> layer_weights(const ModelConfig& config, int64_t) {
 }  // namespace
 
 FamilySpec qwen3_family() {
-  return {.name = "qwen3", .model_types = {"qwen3"}, .configure = configure, .layer_weights = layer_weights,
+  return {.name = "qwen3",
+          .model_types = {"qwen3"},
+          .configure = configure,
+          .layer_weights = layer_weights,
           .documentation = "Qwen3 dense models"};
 }
 

@@ -27,29 +27,56 @@ std::vector<WeightRule> gqa_attention_rules(const ModelConfig& config) {
   const HeadLayout heads{config.num_attention_heads, config.query_groups(), config.head_dim()};
   const auto width = heads.heads * heads.head_dim, kv_width = heads.groups * heads.head_dim;
   std::vector<WeightRule> rules = {
-      {.name = "self_attention.linear_qkv.layer_norm_weight", .hf = {"input_layernorm.weight"}, .rows = config.hidden_size, .init = norm_init(config)},
+      {.name = "self_attention.linear_qkv.layer_norm_weight",
+       .hf = {"input_layernorm.weight"},
+       .rows = config.hidden_size,
+       .init = norm_init(config)},
       {.name = "self_attention.linear_qkv.weight",
        .hf = {"self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"},
-       .rows = width + 2 * kv_width, .cols = config.hidden_size, .shard = Shard::kColumn, .fuse = Fuse::kQkv, .heads = heads}};
+       .rows = width + 2 * kv_width,
+       .cols = config.hidden_size,
+       .shard = Shard::kColumn,
+       .fuse = Fuse::kQkv,
+       .heads = heads}};
   if (config.add_qkv_bias) rules.push_back(bias_of(rules.back()));
   if (config.qk_layernorm) {
-    rules.push_back({.name = "self_attention.q_layernorm.weight", .hf = {"self_attn.q_norm.weight"}, .rows = heads.head_dim, .init = norm_init(config)});
-    rules.push_back({.name = "self_attention.k_layernorm.weight", .hf = {"self_attn.k_norm.weight"}, .rows = heads.head_dim, .init = norm_init(config)});
+    rules.push_back({.name = "self_attention.q_layernorm.weight",
+                     .hf = {"self_attn.q_norm.weight"},
+                     .rows = heads.head_dim,
+                     .init = norm_init(config)});
+    rules.push_back({.name = "self_attention.k_layernorm.weight",
+                     .hf = {"self_attn.k_norm.weight"},
+                     .rows = heads.head_dim,
+                     .init = norm_init(config)});
   }
-  rules.push_back({.name = "self_attention.linear_proj.weight", .hf = {"self_attn.o_proj.weight"}, .rows = config.hidden_size, .cols = width,
-                   .shard = Shard::kRow, .init = Init::kScaledNormal});
+  rules.push_back({.name = "self_attention.linear_proj.weight",
+                   .hf = {"self_attn.o_proj.weight"},
+                   .rows = config.hidden_size,
+                   .cols = width,
+                   .shard = Shard::kRow,
+                   .init = Init::kScaledNormal});
   if (config.add_attention_proj_bias) rules.push_back(bias_of(rules.back()));
   return rules;
 }
 
 std::vector<WeightRule> gated_mlp_rules(const ModelConfig& config) {
-  std::vector<WeightRule> rules = {
-      {.name = "mlp.linear_fc1.layer_norm_weight", .hf = {"post_attention_layernorm.weight"}, .rows = config.hidden_size, .init = norm_init(config)},
-      {.name = "mlp.linear_fc1.weight", .hf = {"mlp.gate_proj.weight", "mlp.up_proj.weight"}, .rows = 2 * config.ffn_hidden_size,
-       .cols = config.hidden_size, .shard = Shard::kColumn, .fuse = Fuse::kGateUp}};
+  std::vector<WeightRule> rules = {{.name = "mlp.linear_fc1.layer_norm_weight",
+                                    .hf = {"post_attention_layernorm.weight"},
+                                    .rows = config.hidden_size,
+                                    .init = norm_init(config)},
+                                   {.name = "mlp.linear_fc1.weight",
+                                    .hf = {"mlp.gate_proj.weight", "mlp.up_proj.weight"},
+                                    .rows = 2 * config.ffn_hidden_size,
+                                    .cols = config.hidden_size,
+                                    .shard = Shard::kColumn,
+                                    .fuse = Fuse::kGateUp}};
   if (config.add_mlp_bias) rules.push_back(bias_of(rules.back()));
-  rules.push_back({.name = "mlp.linear_fc2.weight", .hf = {"mlp.down_proj.weight"}, .rows = config.hidden_size, .cols = config.ffn_hidden_size,
-                   .shard = Shard::kRow, .init = Init::kScaledNormal});
+  rules.push_back({.name = "mlp.linear_fc2.weight",
+                   .hf = {"mlp.down_proj.weight"},
+                   .rows = config.hidden_size,
+                   .cols = config.ffn_hidden_size,
+                   .shard = Shard::kRow,
+                   .init = Init::kScaledNormal});
   if (config.add_mlp_bias) rules.push_back(bias_of(rules.back()));
   return rules;
 }
@@ -57,7 +84,12 @@ std::vector<WeightRule> gated_mlp_rules(const ModelConfig& config) {
 std::vector<WeightRule> chunk_weights(const ModelConfig& config, const ChunkPlace& place) {
   const auto& family = family_of(config);
   auto vocabulary = [&](const char* name, const std::string& hf) {
-    return WeightRule{.name = name, .hf = {hf}, .rows = config.padded_vocab_size, .cols = config.hidden_size, .shard = Shard::kColumn, .pad_rows = true};
+    return WeightRule{.name = name,
+                      .hf = {hf},
+                      .rows = config.padded_vocab_size,
+                      .cols = config.hidden_size,
+                      .shard = Shard::kColumn,
+                      .pad_rows = true};
   };
   const auto embedding_name = family.hf_prefix + "embed_tokens.weight";
   std::vector<WeightRule> rules;
@@ -71,7 +103,10 @@ std::vector<WeightRule> chunk_weights(const ModelConfig& config, const ChunkPlac
     }
   }
   if (!place.post_process) return rules;
-  rules.push_back({.name = "decoder.final_layernorm.weight", .hf = {family.hf_prefix + "norm.weight"}, .rows = config.hidden_size, .init = norm_init(config)});
+  rules.push_back({.name = "decoder.final_layernorm.weight",
+                   .hf = {family.hf_prefix + "norm.weight"},
+                   .rows = config.hidden_size,
+                   .init = norm_init(config)});
   if (config.untie_embeddings_and_output_weights) {
     rules.push_back(vocabulary("output_layer.weight", "lm_head.weight"));
   } else if (!place.pre_process) {
@@ -85,7 +120,8 @@ std::vector<WeightRule> chunk_weights(const ModelConfig& config, const ChunkPlac
 void configure_sliding_window(Json& values, const Json& hf) {
   const auto window = hf.find("sliding_window");
   if (window == hf.end() || window->is_null()) return;
-  MCB_CHECK(window->is_number_integer() && *window > 0, "config.json: sliding_window is ", window->dump(), ", expected a positive number");
+  MCB_CHECK(window->is_number_integer() && *window > 0, "config.json: sliding_window is ", window->dump(),
+            ", expected a positive number");
   // Transformers counts the token itself: token i sees keys j with i - j < sliding_window.
   values["window_size"] = Json::array({window->get<int64_t>() - 1, 0});
   Json flags = Json::array();

@@ -14,7 +14,8 @@ const std::vector<FamilySpec>& families() {
 
 const FamilySpec* find_family(const std::string& model_type) {
   for (const auto& family : families()) {
-    if (std::find(family.model_types.begin(), family.model_types.end(), model_type) != family.model_types.end()) return &family;
+    if (std::find(family.model_types.begin(), family.model_types.end(), model_type) != family.model_types.end())
+      return &family;
   }
   return nullptr;
 }
@@ -27,8 +28,8 @@ const FamilySpec& family_of(const ModelConfig& config) {
   if (family) return *family;
   std::string known;
   for (const auto& spec : families()) known += (known.empty() ? "" : ", ") + spec.name;
-  fail("mcore_model_type '", config.mcore_model_type.value_or(""), "' / hf_model_type '", config.hf_model_type.value_or(""),
-       "' is no known family; known: ", known);
+  fail("mcore_model_type '", config.mcore_model_type.value_or(""), "' / hf_model_type '",
+       config.hf_model_type.value_or(""), "' is no known family; known: ", known);
 }
 
 }  // namespace mcore_bridge

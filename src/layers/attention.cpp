@@ -18,7 +18,8 @@ at::Tensor causal_mask(int64_t length, int64_t window_left, c10::Device device) 
 namespace {
 
 /// [s, b, n, d] -> [s, b, n * d] through scaled_dot_product_attention.
-at::Tensor dense_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& allowed, double dropout) {
+at::Tensor dense_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& allowed,
+                           double dropout) {
   auto heads_first = [](const at::Tensor& x) { return x.permute({1, 2, 0, 3}); };
   const auto mask = allowed.defined() ? std::optional<at::Tensor>(allowed) : std::nullopt;
   const auto out = at::scaled_dot_product_attention(heads_first(q), heads_first(k), heads_first(v), mask, dropout,
@@ -28,27 +29,28 @@ at::Tensor dense_attention(const at::Tensor& q, const at::Tensor& k, const at::T
 }
 
 /// Flash attention reads documents through cu_seqlens and windows without a mask.
-at::Tensor flash_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<PackedSeqParams>& packed,
-                           int64_t window_left, double dropout) {
+at::Tensor flash_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                           const std::optional<PackedSeqParams>& packed, int64_t window_left, double dropout) {
   const auto right = window_left >= 0 ? std::optional<int64_t>(0) : std::nullopt;
   const auto left = window_left >= 0 ? std::optional<int64_t>(window_left) : std::nullopt;
   if (packed) {
     const auto out = std::get<0>(at::_flash_attention_forward(
-        q.squeeze(1), k.squeeze(1), v.squeeze(1), packed->cu_seqlens, packed->cu_seqlens, packed->max_seqlen, packed->max_seqlen,
-        dropout, /*is_causal=*/true, false, std::nullopt, left, right));
+        q.squeeze(1), k.squeeze(1), v.squeeze(1), packed->cu_seqlens, packed->cu_seqlens, packed->max_seqlen,
+        packed->max_seqlen, dropout, /*is_causal=*/true, false, std::nullopt, left, right));
     return out.flatten(-2).unsqueeze(1);
   }
   auto batch_first = [](const at::Tensor& x) { return x.transpose(0, 1); };
-  const auto out = std::get<0>(at::_flash_attention_forward(batch_first(q), batch_first(k), batch_first(v), std::nullopt, std::nullopt,
-                                                            q.size(0), k.size(0), dropout, /*is_causal=*/true, false, std::nullopt,
-                                                            left, right));
+  const auto out = std::get<0>(at::_flash_attention_forward(batch_first(q), batch_first(k), batch_first(v),
+                                                            std::nullopt, std::nullopt, q.size(0), k.size(0), dropout,
+                                                            /*is_causal=*/true, false, std::nullopt, left, right));
   return out.transpose(0, 1).flatten(-2);
 }
 
 }  // namespace
 
 at::Tensor core_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& allowed,
-                          const std::optional<PackedSeqParams>& packed, const CoreAttentionOptions& options, bool training) {
+                          const std::optional<PackedSeqParams>& packed, const CoreAttentionOptions& options,
+                          bool training) {
   const double dropout = training ? options.dropout : 0;
   const bool half = q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16;
   const bool flash = q.is_cuda() && half && q.size(-1) <= 256 && q.size(-1) % 8 == 0;
@@ -62,7 +64,8 @@ at::Tensor core_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
       // A window at least as long as the document hides nothing.
       const bool windowed = options.window_left >= 0 && options.window_left < length - 1;
       const auto mask = windowed ? causal_mask(length, options.window_left, q.device()) : at::Tensor();
-      documents.push_back(dense_attention(q.narrow(0, first, length), k.narrow(0, first, length), v.narrow(0, first, length), mask, dropout));
+      documents.push_back(dense_attention(q.narrow(0, first, length), k.narrow(0, first, length),
+                                          v.narrow(0, first, length), mask, dropout));
     }
     return documents.size() == 1 ? documents[0] : at::cat(documents, 0);
   }
@@ -73,7 +76,8 @@ at::Tensor core_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
   return dense_attention(q, k, v, allowed, dropout);
 }
 
-SelfAttention::SelfAttention(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions tensor_options, int64_t layer) {
+SelfAttention::SelfAttention(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions tensor_options,
+                             int64_t layer) {
   const auto tp = parallel->tp.size();
   const HeadLayout heads{config.num_attention_heads, config.query_groups(), config.head_dim()};
   local_ = {heads.heads / tp, std::max<int64_t>(1, heads.groups / tp), heads.head_dim};
@@ -134,7 +138,8 @@ at::Tensor SelfAttention::forward(const at::Tensor& x_sbh, const AttentionInput&
     q = apply_rope(q, input.rope, interleaved_);
     k = apply_rope(k, input.rope, interleaved_);
   }
-  return proj_->forward(core_attention(q, k, v, window_ ? input.allowed_in_window : input.allowed, input.packed, core_, training()));
+  return proj_->forward(
+      core_attention(q, k, v, window_ ? input.allowed_in_window : input.allowed, input.packed, core_, training()));
 }
 
 }  // namespace mcore_bridge

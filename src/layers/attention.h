@@ -30,7 +30,8 @@ struct CoreAttentionOptions {
 
 /// Causal attention. q [s, b, n, d], k and v [s, b, groups, d] -> [s, b, n * d]. `allowed` as in AttentionInput.
 at::Tensor core_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& allowed,
-                          const std::optional<PackedSeqParams>& packed, const CoreAttentionOptions& options, bool training);
+                          const std::optional<PackedSeqParams>& packed, const CoreAttentionOptions& options,
+                          bool training);
 
 /// The mask of a causal (window_left >= 0: windowed) attention as bool [s, s].
 at::Tensor causal_mask(int64_t length, int64_t window_left, c10::Device device);

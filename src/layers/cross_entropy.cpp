@@ -24,8 +24,8 @@ void for_row_chunks(int64_t rows, int64_t columns, F f) {
 }
 
 struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& logits, const at::Tensor& labels, int64_t vocab_size,
-                            const Group* group) {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& logits, const at::Tensor& labels,
+                            int64_t vocab_size, const Group* group) {
     const auto local = logits.size(-1), rows = labels.numel();
     const auto first_column = group->rank() * local;
     const auto columns = std::clamp<int64_t>(vocab_size - first_column, 0, local);
@@ -42,7 +42,8 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
     auto sums = at::zeros({2, rows}, fp32);  // sum of exponentials; logit of the target
     if (columns > 0) {
       for_row_chunks(rows, columns, [&](int64_t first, int64_t count) {
-        auto shifted = matrix.narrow(0, first, count).narrow(1, 0, columns).to(at::kFloat) - maximum.narrow(0, first, count).unsqueeze(1);
+        auto shifted = matrix.narrow(0, first, count).narrow(1, 0, columns).to(at::kFloat) -
+                       maximum.narrow(0, first, count).unsqueeze(1);
         auto target = shifted.gather(1, column.narrow(0, first, count).unsqueeze(1)).squeeze(1);
         sums[1].narrow(0, first, count).copy_(target.masked_fill_(here.narrow(0, first, count).logical_not(), 0));
         sums[0].narrow(0, first, count).copy_(shifted.exp_().sum(1));
@@ -68,7 +69,8 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
     if (columns > 0) {
       for_row_chunks(rows, columns, [&](int64_t first, int64_t count) {
         auto probability = (matrix.narrow(0, first, count).narrow(1, 0, columns).to(at::kFloat) -
-                            saved[1].narrow(0, first, count).unsqueeze(1)).exp_();
+                            saved[1].narrow(0, first, count).unsqueeze(1))
+                               .exp_();
         probability.scatter_add_(1, saved[2].narrow(0, first, count).unsqueeze(1),
                                  saved[3].narrow(0, first, count).to(at::kFloat).neg().unsqueeze(1));
         probability.mul_(scale.narrow(0, first, count).unsqueeze(1));

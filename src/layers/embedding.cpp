@@ -12,13 +12,15 @@ at::Tensor vocab_matrix(const VocabOptions& options, const ParallelState& parall
   return at::empty({options.local_rows(parallel.tp.size()), options.hidden_size}, tensor_options).requires_grad_(true);
 }
 
-std::vector<NamedParameter> vocab_parameter(const at::Tensor& weight, const VocabOptions& options, const ParallelState& parallel) {
+std::vector<NamedParameter> vocab_parameter(const at::Tensor& weight, const VocabOptions& options,
+                                            const ParallelState& parallel) {
   return {{"weight", weight, {.tp_split = parallel.tp.size() > 1, .tied_embedding = options.tied_over_stages}}};
 }
 
 }  // namespace
 
-VocabParallelEmbedding::VocabParallelEmbedding(VocabOptions options, ParallelStatePtr parallel, at::TensorOptions tensor_options)
+VocabParallelEmbedding::VocabParallelEmbedding(VocabOptions options, ParallelStatePtr parallel,
+                                               at::TensorOptions tensor_options)
     : options_(options), parallel_(std::move(parallel)), weight_(vocab_matrix(options_, *parallel_, tensor_options)) {}
 
 std::vector<NamedParameter> VocabParallelEmbedding::own_parameters() const {
@@ -36,7 +38,8 @@ at::Tensor VocabParallelEmbedding::forward(const at::Tensor& ids) const {
   return options_.sequence_parallel ? reduce_scatter_sequence(partial, tp) : reduce_from_region(partial, tp);
 }
 
-OutputLayer::OutputLayer(VocabOptions options, ParallelStatePtr parallel, at::TensorOptions tensor_options, bool own_weight)
+OutputLayer::OutputLayer(VocabOptions options, ParallelStatePtr parallel, at::TensorOptions tensor_options,
+                         bool own_weight)
     : options_(options), parallel_(std::move(parallel)) {
   if (own_weight) weight_ = vocab_matrix(options_, *parallel_, tensor_options);
 }

@@ -75,7 +75,8 @@ std::vector<NamedParameter> ParallelLinear::own_parameters() const {
 
   std::vector<NamedParameter> result;
   if (layer_norm_weight_.defined()) {
-    result.push_back({base + "layer_norm_weight", layer_norm_weight_, {.sum_over_tp = sequence, .no_weight_decay = true}});
+    result.push_back(
+        {base + "layer_norm_weight", layer_norm_weight_, {.sum_over_tp = sequence, .no_weight_decay = true}});
   }
   result.push_back({base + "weight", weight_, with_shared_rows({.tp_split = parallel}, all_parts)});
   if (bias_.defined()) {
@@ -85,7 +86,8 @@ std::vector<NamedParameter> ParallelLinear::own_parameters() const {
   for (const auto& [name, adapter] : adapters_) {
     ParameterTraits split{.tp_split = parallel}, partial{.sum_over_tp = parallel};
     result.push_back({"lora_A." + name + ".weight", adapter.a, column ? partial : split});
-    result.push_back({"lora_B." + name + ".weight", adapter.b, column ? with_shared_rows(split, adapter.parts) : partial});
+    result.push_back(
+        {"lora_B." + name + ".weight", adapter.b, column ? with_shared_rows(split, adapter.parts) : partial});
   }
   return result;
 }
@@ -93,7 +95,8 @@ std::vector<NamedParameter> ParallelLinear::own_parameters() const {
 at::Tensor ParallelLinear::forward(const at::Tensor& x_sbh) {
   const auto& tp = parallel_->tp;
   auto x = x_sbh;
-  if (layer_norm_weight_.defined()) x = rms_norm(x, layer_norm_weight_, options_.norm_epsilon, options_.norm_zero_centered);
+  if (layer_norm_weight_.defined())
+    x = rms_norm(x, layer_norm_weight_, options_.norm_epsilon, options_.norm_zero_centered);
   const bool column = options_.shard == Shard::kColumn;
   if (column) x = options_.sequence_parallel ? gather_sequence(x, tp) : copy_to_region(x, tp);
 
@@ -144,7 +147,8 @@ at::Tensor ParallelLinear::join_parts(std::vector<at::Tensor> outputs, const at:
   return at::cat(outputs, -1).flatten(-2);
 }
 
-void ParallelLinear::add_adapter(const std::string& name, std::vector<bool> parts, int64_t r, double scaling, double dropout) {
+void ParallelLinear::add_adapter(const std::string& name, std::vector<bool> parts, int64_t r, double scaling,
+                                 double dropout) {
   const auto layout = part_layout(options_, parallel_->tp.size());
   MCB_CHECK(!adapters_.contains(name), "add_lora: adapter '", name, "' is there already");
   TORCH_INTERNAL_ASSERT(parts.size() == layout.widths.size());
@@ -174,7 +178,8 @@ at::Tensor ParallelLinear::merged_weight(const std::string& name) const {
   int64_t block = 0;
   for (size_t part = 0; part < rows.size(); ++part) {
     // Transposed, so that parts join along the last dim as outputs do.
-    if (adapter.parts[part]) deltas[part] = at::matmul(a.narrow(0, adapter.r * block++, adapter.r).t(), rows[part].t()).contiguous();
+    if (adapter.parts[part])
+      deltas[part] = at::matmul(a.narrow(0, adapter.r * block++, adapter.r).t(), rows[part].t()).contiguous();
   }
   const auto like = at::empty({weight_.size(1), 1}, a.options());
   const auto delta = join_parts(std::move(deltas), like).t();

@@ -1,6 +1,7 @@
 // Linear layers split over the tensor-parallel ranks, with an optional norm in front and LoRA adapters beside.
 //
-// Shapes: x_sbh is [sequence, batch, hidden]; with sequence parallelism activations between matrices hold 1/tp of dim 0.
+// Shapes: x_sbh is [sequence, batch, hidden]; with sequence parallelism activations between matrices hold 1/tp of dim
+// 0.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,18 +11,18 @@
 #include <string>
 #include <vector>
 
-#include "plan/weight_rule.h"
 #include "layers/module.h"
 #include "parallel/parallel_state.h"
+#include "plan/weight_rule.h"
 
 namespace mcore_bridge {
 
-/// One adapter on one linear layer. With P fused parts of which some are adapted, A stacks one [r, in] block per adapted
-/// part and B holds the rows of the adapted parts in the layer's own fused order, so every part has its own A and B, as
-/// in PEFT.
+/// One adapter on one linear layer. With P fused parts of which some are adapted, A stacks one [r, in] block per
+/// adapted part and B holds the rows of the adapted parts in the layer's own fused order, so every part has its own A
+/// and B, as in PEFT.
 struct LoraAdapter {
-  at::Tensor a;  ///< [adapted parts * r, in (/ tp when row-parallel)]
-  at::Tensor b;  ///< [out rows of the adapted parts (/ tp when column-parallel), r]
+  at::Tensor a;             ///< [adapted parts * r, in (/ tp when row-parallel)]
+  at::Tensor b;             ///< [out rows of the adapted parts (/ tp when column-parallel), r]
   std::vector<bool> parts;  ///< which fused parts (q, k, v / gate, up) are adapted
   int64_t r = 0;
   double scaling = 1, dropout = 0;
@@ -31,9 +32,9 @@ struct LinearOptions {
   int64_t in = 0, out = 0;  ///< whole sizes
   Shard shard = Shard::kColumn;
   Fuse fuse = Fuse::kNone;
-  HeadLayout heads;       ///< kQkv only
+  HeadLayout heads;  ///< kQkv only
   bool bias = false;
-  bool norm = false;      ///< RMSNorm in front, its weight called layer_norm_weight
+  bool norm = false;  ///< RMSNorm in front, its weight called layer_norm_weight
   double norm_epsilon = 1e-5;
   bool norm_zero_centered = false;
   bool sequence_parallel = false;
@@ -47,7 +48,8 @@ class ParallelLinear : public Module {
 
   std::string kind() const override;
   std::vector<Child> children() const override { return {}; }
-  /// weight, bias, layer_norm_weight; once adapted: base_layer.weight, ..., lora_A.<adapter>.weight, lora_B.<adapter>.weight
+  /// weight, bias, layer_norm_weight; once adapted: base_layer.weight, ..., lora_A.<adapter>.weight,
+  /// lora_B.<adapter>.weight
   std::vector<NamedParameter> own_parameters() const override;
 
   at::Tensor forward(const at::Tensor& x_sbh);
@@ -57,7 +59,8 @@ class ParallelLinear : public Module {
   const std::map<std::string, LoraAdapter>& adapters() const { return adapters_; }
   /// A zeroed-B adapter on the parts marked; A is left for the caller to fill.
   void add_adapter(const std::string& name, std::vector<bool> parts, int64_t r, double scaling, double dropout);
-  /// W + scaling * B A of this adapter, in a new tensor of W's dtype; W itself does not change. Local, no communication.
+  /// W + scaling * B A of this adapter, in a new tensor of W's dtype; W itself does not change. Local, no
+  /// communication.
   at::Tensor merged_weight(const std::string& adapter) const;
 
  private:

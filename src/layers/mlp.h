@@ -14,7 +14,9 @@ class MLP : public Module {
   MLP(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions tensor_options);
   std::string kind() const override { return "MLP"; }
   std::vector<Child> children() const override { return {{"linear_fc1", fc1_.get()}, {"linear_fc2", fc2_.get()}}; }
-  at::Tensor forward(const at::Tensor& x_sbh) { return fc2_->forward(gated_activation(fc1_->forward(x_sbh), activation_)); }
+  at::Tensor forward(const at::Tensor& x_sbh) {
+    return fc2_->forward(gated_activation(fc1_->forward(x_sbh), activation_));
+  }
 
  private:
   Activation activation_;

@@ -3,7 +3,9 @@
 namespace mcore_bridge {
 namespace {
 
-std::string join(const std::string& prefix, const std::string& name) { return prefix.empty() ? name : prefix + "." + name; }
+std::string join(const std::string& prefix, const std::string& name) {
+  return prefix.empty() ? name : prefix + "." + name;
+}
 
 void visit(const Module& module, const std::string& prefix,
            const std::function<void(const Module&, const std::string&)>& visitor) {
@@ -25,7 +27,8 @@ std::vector<NamedParameter> Module::named_parameters() const {
 
 std::vector<std::pair<std::string, std::string>> Module::named_modules() const {
   std::vector<std::pair<std::string, std::string>> result;
-  visit(*this, "", [&](const Module& module, const std::string& prefix) { result.emplace_back(prefix, module.kind()); });
+  visit(*this, "",
+        [&](const Module& module, const std::string& prefix) { result.emplace_back(prefix, module.kind()); });
   return result;
 }
 

@@ -18,8 +18,8 @@ struct ParameterTraits {
   bool tp_split = false;
   /// Each tensor-parallel rank's gradient is a partial sum; add them before the optimizer.
   bool sum_over_tp = false;
-  /// Rows [first, first+count) of a tp_split parameter are held alike by `copies` neighbouring tensor-parallel ranks (key
-  /// and value heads when there are fewer of them than ranks). Their gradients are partial sums too.
+  /// Rows [first, first+count) of a tp_split parameter are held alike by `copies` neighbouring tensor-parallel ranks
+  /// (key and value heads when there are fewer of them than ranks). Their gradients are partial sums too.
   int64_t shared_first_row = 0, shared_rows = 0;
   int shared_copies = 1;
   /// The embedding matrix when it is also the output matrix of another pipeline stage.

@@ -21,7 +21,8 @@ void RotaryEmbedding::refresh(int64_t length) {
 
 RopeTable RotaryEmbedding::table(const at::Tensor& position_ids, int64_t length) {
   if (depends_on_length_ && length != length_) refresh(length);
-  const auto angles = (position_ids.t().to(at::kFloat).unsqueeze(-1) * inverse_frequencies_).unsqueeze(2);  // [s, b, 1, d/2]
+  const auto angles =
+      (position_ids.t().to(at::kFloat).unsqueeze(-1) * inverse_frequencies_).unsqueeze(2);  // [s, b, 1, d/2]
   auto cos = angles.cos(), sin = angles.sin();
   if (attention_scaling_ != 1) {
     cos = cos * attention_scaling_;
@@ -50,7 +51,8 @@ at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& 
   const double sign = inverse ? -1 : 1;  // the inverse rotation is the transpose, which is its gradient
   y1.addcmul_(x2, sin, -sign);
   y2.addcmul_(x1, sin, sign);
-  if (rotated < x.size(-1)) out.narrow(-1, rotated, x.size(-1) - rotated).copy_(x.narrow(-1, rotated, x.size(-1) - rotated));
+  if (rotated < x.size(-1))
+    out.narrow(-1, rotated, x.size(-1) - rotated).copy_(x.narrow(-1, rotated, x.size(-1) - rotated));
   return out;
 }
 
@@ -63,8 +65,8 @@ struct Rope : torch::autograd::Function<Rope> {
   }
   static variable_list backward(AutogradContext* context, variable_list grads) {
     const auto saved = context->get_saved_variables();
-    return {rotate(grads[0], saved[0], saved[1], context->saved_data["interleaved"].toBool(), true), Variable(), Variable(),
-            Variable()};
+    return {rotate(grads[0], saved[0], saved[1], context->saved_data["interleaved"].toBool(), true), Variable(),
+            Variable(), Variable()};
   }
 };
 

@@ -4,7 +4,8 @@
 
 namespace mcore_bridge {
 
-TransformerLayer::TransformerLayer(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions tensor_options, int64_t layer)
+TransformerLayer::TransformerLayer(const ModelConfig& config, ParallelStatePtr parallel,
+                                   at::TensorOptions tensor_options, int64_t layer)
     : dropout_(config.hidden_dropout),
       attention_(std::make_unique<SelfAttention>(config, parallel, tensor_options, layer)),
       mlp_(std::make_unique<MLP>(config, parallel, tensor_options)) {}

@@ -12,7 +12,8 @@ namespace mcore_bridge {
 class TransformerLayer : public Module {
  public:
   /// `layer`: index in the whole model, from 0.
-  TransformerLayer(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions tensor_options, int64_t layer);
+  TransformerLayer(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions tensor_options,
+                   int64_t layer);
   std::string kind() const override { return "TransformerLayer"; }
   std::vector<Child> children() const override { return {{"self_attention", attention_.get()}, {"mlp", mlp_.get()}}; }
   at::Tensor forward(const at::Tensor& x_sbh, const AttentionInput& input);

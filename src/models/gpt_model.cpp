@@ -12,7 +12,8 @@ namespace {
 void check_layout(const ModelConfig& config, const ParallelState& parallel) {
   const auto& sizes = parallel.topology.sizes();
   auto same = [](const char* field, int64_t wanted, int actual) {
-    MCB_CHECK(wanted == actual, "get_mcore_model: ", field, " is ", wanted, " in the config, but initialize_model_parallel made ", actual);
+    MCB_CHECK(wanted == actual, "get_mcore_model: ", field, " is ", wanted,
+              " in the config, but initialize_model_parallel made ", actual);
   };
   same("tensor_model_parallel_size", config.tensor_model_parallel_size, sizes.tensor);
   same("pipeline_model_parallel_size", config.pipeline_model_parallel_size, sizes.pipeline);
@@ -51,11 +52,12 @@ GPTModel::GPTModel(const ModelConfig& config, ParallelStatePtr parallel, int vp_
     layers_.push_back(std::make_unique<TransformerLayer>(config_, parallel_, options, place_.layers.first + i));
   }
   if (place_.post_process) {
-    final_norm_ = std::make_unique<Norm>(NormOptions{.size = config_.hidden_size,
-                                                     .epsilon = config_.layernorm_epsilon,
-                                                     .zero_centered = config_.layernorm_zero_centered_gamma,
-                                                     .sum_over_tp = config_.sequence_parallel && parallel_->tp.size() > 1},
-                                         options);
+    final_norm_ =
+        std::make_unique<Norm>(NormOptions{.size = config_.hidden_size,
+                                           .epsilon = config_.layernorm_epsilon,
+                                           .zero_centered = config_.layernorm_zero_centered_gamma,
+                                           .sum_over_tp = config_.sequence_parallel && parallel_->tp.size() > 1},
+                               options);
     output_ = std::make_unique<OutputLayer>(vocab, parallel_, options, /*own_weight=*/!(tied && one_stage));
   }
   if (config_.position_embedding_type == "rope") rope_ = std::make_unique<RotaryEmbedding>(config_, device_);
@@ -64,7 +66,8 @@ GPTModel::GPTModel(const ModelConfig& config, ParallelStatePtr parallel, int vp_
 std::vector<Module::Child> GPTModel::children() const {
   std::vector<Child> result;
   if (embedding_) result.push_back({"embedding.word_embeddings", embedding_.get()});
-  for (size_t i = 0; i < layers_.size(); ++i) result.push_back({"decoder.layers." + std::to_string(i), layers_[i].get()});
+  for (size_t i = 0; i < layers_.size(); ++i)
+    result.push_back({"decoder.layers." + std::to_string(i), layers_[i].get()});
   if (final_norm_) result.push_back({"decoder.final_layernorm", final_norm_.get()});
   if (output_) result.push_back({"output_layer", output_.get()});
   return result;
@@ -83,23 +86,29 @@ AttentionInput GPTModel::attention_input(const ForwardInput& input) const {
     length = input.hidden.size(0) * (config_.sequence_parallel ? parallel_->tp.size() : 1);
   }
   if (rope_) {
-    const auto positions = input.position_ids.defined() ? input.position_ids : default_positions(input, batch, length, device_);
+    const auto positions =
+        input.position_ids.defined() ? input.position_ids : default_positions(input, batch, length, device_);
     result.rope = rope_->table(positions, input.packed ? input.packed->max_seqlen : length);
   }
   if (!input.attention_mask.defined()) return result;
 
-  MCB_CHECK(!input.packed, "forward: attention_mask and packed_seq_params exclude each other; documents are kept apart by cu_seqlens");
+  MCB_CHECK(!input.packed,
+            "forward: attention_mask and packed_seq_params exclude each other; documents are kept apart by cu_seqlens");
   const auto& mask = input.attention_mask;
   const auto window = config_.window_size.empty() ? -1 : config_.window_size[0];
   if (mask.dim() == 2) {
-    MCB_CHECK(mask.size(0) == batch && mask.size(1) == length, "forward: attention_mask is ", mask.sizes(), ", expected [", batch, ", ", length, "]");
+    MCB_CHECK(mask.size(0) == batch && mask.size(1) == length, "forward: attention_mask is ", mask.sizes(),
+              ", expected [", batch, ", ", length, "]");
     // Padding attends to itself so that no row is empty.
-    const auto keys = mask.to(at::kBool).unsqueeze(1).unsqueeze(1).logical_or(at::eye(length, at::TensorOptions(device_).dtype(at::kBool)));
+    const auto keys = mask.to(at::kBool).unsqueeze(1).unsqueeze(1).logical_or(
+        at::eye(length, at::TensorOptions(device_).dtype(at::kBool)));
     result.allowed = causal_mask(length, -1, device_).logical_and(keys);
     if (window >= 0) result.allowed_in_window = causal_mask(length, window, device_).logical_and(keys);
   } else {
-    MCB_CHECK(mask.dim() == 4 && mask.scalar_type() == at::kBool, "forward: attention_mask must be [b, s] (1 = token, 0 = padding) or bool [b, 1, s, s] (true = masked); found ",
-              mask.sizes(), " of ", mask.scalar_type());
+    MCB_CHECK(
+        mask.dim() == 4 && mask.scalar_type() == at::kBool,
+        "forward: attention_mask must be [b, s] (1 = token, 0 = padding) or bool [b, 1, s, s] (true = masked); found ",
+        mask.sizes(), " of ", mask.scalar_type());
     result.allowed = mask.logical_not();
     if (window >= 0) result.allowed_in_window = result.allowed.logical_and(causal_mask(length, window, device_));
   }
@@ -109,14 +118,17 @@ AttentionInput GPTModel::attention_input(const ForwardInput& input) const {
 at::Tensor GPTModel::forward(const ForwardInput& input, bool gather_output) {
   at::Tensor x;
   if (embedding_) {
-    MCB_CHECK(input.input_ids.defined() && input.input_ids.dim() == 2, "forward: input_ids [b, s] is needed on the first stage");
-    MCB_CHECK(!input.packed || input.input_ids.size(0) == 1, "forward: a packed batch is one row, input_ids has ", input.input_ids.size(0));
+    MCB_CHECK(input.input_ids.defined() && input.input_ids.dim() == 2,
+              "forward: input_ids [b, s] is needed on the first stage");
+    MCB_CHECK(!input.packed || input.input_ids.size(0) == 1, "forward: a packed batch is one row, input_ids has ",
+              input.input_ids.size(0));
     const auto tp = parallel_->tp.size();
-    MCB_CHECK(!config_.sequence_parallel || input.input_ids.size(1) % tp == 0, "forward: with sequence_parallel the ", input.input_ids.size(1),
-              " positions must divide by tensor_model_parallel_size ", tp, "; pad the batch");
+    MCB_CHECK(!config_.sequence_parallel || input.input_ids.size(1) % tp == 0, "forward: with sequence_parallel the ",
+              input.input_ids.size(1), " positions must divide by tensor_model_parallel_size ", tp, "; pad the batch");
     x = embedding_->forward(input.input_ids);
   } else {
-    MCB_CHECK(input.hidden.defined(), "forward: this stage takes hidden states from the one before; call set_input_tensor");
+    MCB_CHECK(input.hidden.defined(),
+              "forward: this stage takes hidden states from the one before; call set_input_tensor");
     x = input.hidden;
   }
   const auto attention = attention_input(input);
@@ -124,9 +136,12 @@ at::Tensor GPTModel::forward(const ForwardInput& input, bool gather_output) {
   if (!output_) return x;
 
   x = final_norm_->forward(x);
-  const auto logits = output_->forward(x, embedding_ ? embedding_->weight() : at::Tensor());  // [s, b, local vocabulary]
+  const auto logits =
+      output_->forward(x, embedding_ ? embedding_->weight() : at::Tensor());  // [s, b, local vocabulary]
   if (input.labels.defined()) {
-    return vocab_parallel_cross_entropy(logits, input.labels.t(), config_.padded_vocab_size, parallel_->tp).t().contiguous();
+    return vocab_parallel_cross_entropy(logits, input.labels.t(), config_.padded_vocab_size, parallel_->tp)
+        .t()
+        .contiguous();
   }
   const auto batch_first = logits.transpose(0, 1);
   if (!gather_output) return batch_first.contiguous();
@@ -137,13 +152,15 @@ std::vector<GPTModel::NamedLinear> GPTModel::linears() {
   std::vector<NamedLinear> result;
   std::function<void(Module&, const std::string&)> visit = [&](Module& module, const std::string& prefix) {
     if (auto* linear = dynamic_cast<ParallelLinear*>(&module)) result.push_back({prefix, linear});
-    for (const auto& child : module.children()) visit(*child.module, prefix.empty() ? child.name : prefix + "." + child.name);
+    for (const auto& child : module.children())
+      visit(*child.module, prefix.empty() ? child.name : prefix + "." + child.name);
   };
   visit(*this, "");
   return result;
 }
 
-std::shared_ptr<GPTModel> build_model(const ModelConfig& config, ParallelStatePtr parallel, int vp_stage, const std::string& device) {
+std::shared_ptr<GPTModel> build_model(const ModelConfig& config, ParallelStatePtr parallel, int vp_stage,
+                                      const std::string& device) {
   return std::make_shared<GPTModel>(config, std::move(parallel), vp_stage, device);
 }
 
@@ -151,6 +168,8 @@ std::shared_ptr<GPTModel> build_model(const ModelConfig& config, const std::stri
   return build_model(config, ParallelState::single(), 0, device);
 }
 
-at::Tensor forward(GPTModel& model, const ForwardInput& input, bool gather_output) { return model.forward(input, gather_output); }
+at::Tensor forward(GPTModel& model, const ForwardInput& input, bool gather_output) {
+  return model.forward(input, gather_output);
+}
 
 }  // namespace mcore_bridge

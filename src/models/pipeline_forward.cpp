@@ -33,7 +33,8 @@ at::Tensor forward_all_stages(const std::vector<std::shared_ptr<GPTModel>>& chun
   }
   if (stages == 1) return output;
   if (stage != stages - 1) {
-    output = input.labels.defined() ? at::empty({batch, length}, fp.dtype(at::kFloat)) : at::empty({batch, length, config.padded_vocab_size}, fp);
+    output = input.labels.defined() ? at::empty({batch, length}, fp.dtype(at::kFloat))
+                                    : at::empty({batch, length, config.padded_vocab_size}, fp);
   }
   output = output.contiguous();
   parallel.pp.broadcast(output, stages - 1);

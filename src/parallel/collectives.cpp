@@ -70,12 +70,24 @@ at::Tensor apply(const at::Tensor& x, const Group& group) {
 
 }  // namespace
 
-at::Tensor copy_to_region(const at::Tensor& x, const Group& group) { return apply<raw_identity, raw_all_reduce>(x, group); }
-at::Tensor reduce_from_region(const at::Tensor& x, const Group& group) { return apply<raw_all_reduce, raw_identity>(x, group); }
-at::Tensor gather_sequence(const at::Tensor& x, const Group& group) { return apply<raw_gather, raw_reduce_scatter>(x, group); }
-at::Tensor gather_sequence_replicated(const at::Tensor& x, const Group& group) { return apply<raw_gather, raw_slice>(x, group); }
-at::Tensor reduce_scatter_sequence(const at::Tensor& x, const Group& group) { return apply<raw_reduce_scatter, raw_gather>(x, group); }
+at::Tensor copy_to_region(const at::Tensor& x, const Group& group) {
+  return apply<raw_identity, raw_all_reduce>(x, group);
+}
+at::Tensor reduce_from_region(const at::Tensor& x, const Group& group) {
+  return apply<raw_all_reduce, raw_identity>(x, group);
+}
+at::Tensor gather_sequence(const at::Tensor& x, const Group& group) {
+  return apply<raw_gather, raw_reduce_scatter>(x, group);
+}
+at::Tensor gather_sequence_replicated(const at::Tensor& x, const Group& group) {
+  return apply<raw_gather, raw_slice>(x, group);
+}
+at::Tensor reduce_scatter_sequence(const at::Tensor& x, const Group& group) {
+  return apply<raw_reduce_scatter, raw_gather>(x, group);
+}
 at::Tensor scatter_sequence(const at::Tensor& x, const Group& group) { return apply<raw_slice, raw_gather>(x, group); }
-at::Tensor gather_last_dim(const at::Tensor& x, const Group& group) { return apply<raw_gather_last, raw_slice_last>(x, group); }
+at::Tensor gather_last_dim(const at::Tensor& x, const Group& group) {
+  return apply<raw_gather_last, raw_slice_last>(x, group);
+}
 
 }  // namespace mcore_bridge

@@ -11,7 +11,8 @@ at::Tensor copy_to_region(const at::Tensor& x, const Group& group);      ///< id
 at::Tensor reduce_from_region(const at::Tensor& x, const Group& group);  ///< all-reduce; backward identity
 /// Sequence parallelism, dim 0: all-gather; backward reduce-scatters.
 at::Tensor gather_sequence(const at::Tensor& x, const Group& group);
-/// Sequence parallelism, dim 0: all-gather of something every member then uses alike; backward takes this member's slice.
+/// Sequence parallelism, dim 0: all-gather of something every member then uses alike; backward takes this member's
+/// slice.
 at::Tensor gather_sequence_replicated(const at::Tensor& x, const Group& group);
 /// Sequence parallelism, dim 0: reduce-scatter; backward all-gathers.
 at::Tensor reduce_scatter_sequence(const at::Tensor& x, const Group& group);

@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include "mcore_bridge/error.h"

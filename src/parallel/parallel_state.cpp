@@ -22,8 +22,9 @@ ParallelStatePtr ParallelState::create(const Topology& topology, int rank, const
                 " group does not hold the ranks that the layout gives it");
       return found->second;
     }
-    MCB_CHECK(ranks.size() <= 1, "ParallelState: rank ", rank, " has no ", group_name(kind), " group, but the layout puts it with ",
-              ranks.size() - 1, " others; call initialize_model_parallel after torch.distributed.init_process_group");
+    MCB_CHECK(ranks.size() <= 1, "ParallelState: rank ", rank, " has no ", group_name(kind),
+              " group, but the layout puts it with ", ranks.size() - 1,
+              " others; call initialize_model_parallel after torch.distributed.init_process_group");
     return Group{};
   };
   state->tp = take(GroupKind::kTensor);

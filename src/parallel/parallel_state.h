@@ -18,7 +18,8 @@ struct ParallelState {
   /// One rank, no groups.
   static std::shared_ptr<const ParallelState> single();
   /// `groups` holds the group of each kind this rank belongs to; kinds of one rank may be absent.
-  static std::shared_ptr<const ParallelState> create(const Topology& topology, int rank, const std::map<GroupKind, Group>& groups);
+  static std::shared_ptr<const ParallelState> create(const Topology& topology, int rank,
+                                                     const std::map<GroupKind, Group>& groups);
 
   bool is_first_stage() const { return place.pp == 0; }
   bool is_last_stage() const { return place.pp == topology.sizes().pipeline - 1; }

@@ -39,12 +39,18 @@ Failure attempt(const std::function<void()>& work) {
 
 [[noreturn]] void raise(const Failure& failure) {
   switch (failure.kind) {
-    case kValue: throw ValueError(failure.text);
-    case kKey: throw KeyError(failure.text);
-    case kFile: throw FileNotFoundError(failure.text);
-    case kIo: throw IoError(failure.text);
-    case kNonFinite: throw NonFiniteError(failure.text);
-    default: throw Error(failure.text);
+    case kValue:
+      throw ValueError(failure.text);
+    case kKey:
+      throw KeyError(failure.text);
+    case kFile:
+      throw FileNotFoundError(failure.text);
+    case kIo:
+      throw IoError(failure.text);
+    case kNonFinite:
+      throw NonFiniteError(failure.text);
+    default:
+      throw Error(failure.text);
   }
 }
 

@@ -7,8 +7,9 @@
 
 namespace mcore_bridge {
 
-/// Runs `work` on every rank of `group`, then agrees: when it threw anywhere, every rank throws the error of the first rank
-/// that failed. Collective (one small reduction of host tensors when all is well; the groups of a GPU run carry both backends).
+/// Runs `work` on every rank of `group`, then agrees: when it threw anywhere, every rank throws the error of the first
+/// rank that failed. Collective (one small reduction of host tensors when all is well; the groups of a GPU run carry
+/// both backends).
 void together(const Group& group, const std::function<void()>& work);
 
 }  // namespace mcore_bridge

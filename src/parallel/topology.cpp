@@ -12,10 +12,10 @@ struct Name {
   const char* name;
 };
 constexpr Name kNames[] = {
-    {GroupKind::kTensor, "tp"},         {GroupKind::kContext, "cp"},        {GroupKind::kData, "dp"},
-    {GroupKind::kDataContext, "dp-cp"}, {GroupKind::kPipeline, "pp"},       {GroupKind::kModel, "tp-pp"},
-    {GroupKind::kTensorContext, "tp-cp"}, {GroupKind::kEmbedding, "embd"},  {GroupKind::kExpert, "ep"},
-    {GroupKind::kExpertTensor, "etp"},  {GroupKind::kExpertData, "edp"},    {GroupKind::kWorld, "world"},
+    {GroupKind::kTensor, "tp"},           {GroupKind::kContext, "cp"},     {GroupKind::kData, "dp"},
+    {GroupKind::kDataContext, "dp-cp"},   {GroupKind::kPipeline, "pp"},    {GroupKind::kModel, "tp-pp"},
+    {GroupKind::kTensorContext, "tp-cp"}, {GroupKind::kEmbedding, "embd"}, {GroupKind::kExpert, "ep"},
+    {GroupKind::kExpertTensor, "etp"},    {GroupKind::kExpertData, "edp"}, {GroupKind::kWorld, "world"},
 };
 
 std::string divisors(int number) {
@@ -54,13 +54,14 @@ Topology::Topology(ParallelSizes sizes, int world_size) : sizes_(sizes), world_s
   positive("expert_model_parallel_size", sizes.expert);
   positive("expert_tensor_parallel_size", sizes.expert_tensor);
   const int model = sizes.tensor * sizes.context * sizes.pipeline;
-  MCB_CHECK(world_size % model == 0, "tensor_model_parallel_size ", sizes.tensor, " x context_parallel_size ", sizes.context,
-            " x pipeline_model_parallel_size ", sizes.pipeline, " = ", model, " does not divide the ", world_size,
-            " processes; the product must be one of ", divisors(world_size));
+  MCB_CHECK(world_size % model == 0, "tensor_model_parallel_size ", sizes.tensor, " x context_parallel_size ",
+            sizes.context, " x pipeline_model_parallel_size ", sizes.pipeline, " = ", model, " does not divide the ",
+            world_size, " processes; the product must be one of ", divisors(world_size));
   const int expert = sizes.expert_tensor * sizes.expert * sizes.pipeline;
-  MCB_CHECK(world_size % expert == 0, "expert_tensor_parallel_size ", sizes.expert_tensor, " x expert_model_parallel_size ", sizes.expert,
-            " x pipeline_model_parallel_size ", sizes.pipeline, " = ", expert, " does not divide the ", world_size,
-            " processes; the product must be one of ", divisors(world_size));
+  MCB_CHECK(world_size % expert == 0, "expert_tensor_parallel_size ", sizes.expert_tensor,
+            " x expert_model_parallel_size ", sizes.expert, " x pipeline_model_parallel_size ", sizes.pipeline, " = ",
+            expert, " does not divide the ", world_size, " processes; the product must be one of ",
+            divisors(world_size));
   sizes_.data = world_size / model;
 }
 
@@ -88,18 +89,30 @@ namespace {
 /// What ranks of one group have in common: two ranks are together when these agree.
 std::vector<int> group_key(GroupKind kind, const RankCoordinates& at, int last_stage) {
   switch (kind) {
-    case GroupKind::kTensor: return {at.cp, at.dp, at.pp};
-    case GroupKind::kContext: return {at.tp, at.dp, at.pp};
-    case GroupKind::kData: return {at.tp, at.cp, at.pp};
-    case GroupKind::kDataContext: return {at.tp, at.pp};
-    case GroupKind::kPipeline: return {at.tp, at.cp, at.dp};
-    case GroupKind::kModel: return {at.cp, at.dp};
-    case GroupKind::kTensorContext: return {at.dp, at.pp};
-    case GroupKind::kEmbedding: return {at.tp, at.cp, at.dp};
-    case GroupKind::kExpert: return {at.etp, at.edp, at.pp};
-    case GroupKind::kExpertTensor: return {at.ep, at.edp, at.pp};
-    case GroupKind::kExpertData: return {at.etp, at.ep, at.pp};
-    case GroupKind::kWorld: return {};
+    case GroupKind::kTensor:
+      return {at.cp, at.dp, at.pp};
+    case GroupKind::kContext:
+      return {at.tp, at.dp, at.pp};
+    case GroupKind::kData:
+      return {at.tp, at.cp, at.pp};
+    case GroupKind::kDataContext:
+      return {at.tp, at.pp};
+    case GroupKind::kPipeline:
+      return {at.tp, at.cp, at.dp};
+    case GroupKind::kModel:
+      return {at.cp, at.dp};
+    case GroupKind::kTensorContext:
+      return {at.dp, at.pp};
+    case GroupKind::kEmbedding:
+      return {at.tp, at.cp, at.dp};
+    case GroupKind::kExpert:
+      return {at.etp, at.edp, at.pp};
+    case GroupKind::kExpertTensor:
+      return {at.ep, at.edp, at.pp};
+    case GroupKind::kExpertData:
+      return {at.etp, at.ep, at.pp};
+    case GroupKind::kWorld:
+      return {};
   }
   return {last_stage};
 }

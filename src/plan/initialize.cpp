@@ -23,7 +23,9 @@ float unit(uint32_t bits) { return (static_cast<float>(bits >> 8) + 1.0f) * 0x1p
 struct Source {
   uint64_t seed, stream;
   PhiloxBlock block(uint64_t index) const {
-    return philox({static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), static_cast<uint32_t>(stream), static_cast<uint32_t>(stream >> 32)}, seed);
+    return philox({static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), static_cast<uint32_t>(stream),
+                   static_cast<uint32_t>(stream >> 32)},
+                  seed);
   }
   float normal(uint64_t index) const {
     const auto bits = block(index);
@@ -53,10 +55,17 @@ void initialize_parameter(at::Tensor parameter, const ParameterPlan& plan, uint6
         const auto first = static_cast<uint64_t>((region.hf_row + row) * tensor.cols + region.hf_col);
         for (int64_t col = 0; col < region.cols; ++col) {
           switch (init) {
-            case Init::kOne: out[col] = 1; break;
-            case Init::kZero: out[col] = 0; break;
-            case Init::kKaimingUniform: out[col] = bound * source.uniform(first + col); break;
-            default: out[col] = static_cast<float>(std) * source.normal(first + col);
+            case Init::kOne:
+              out[col] = 1;
+              break;
+            case Init::kZero:
+              out[col] = 0;
+              break;
+            case Init::kKaimingUniform:
+              out[col] = bound * source.uniform(first + col);
+              break;
+            default:
+              out[col] = static_cast<float>(std) * source.normal(first + col);
           }
         }
       }

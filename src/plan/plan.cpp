@@ -19,7 +19,8 @@ std::vector<int64_t> part_rows(const WeightRule& rule, int64_t present) {
     const auto& heads = rule.heads;
     return {heads.heads * heads.head_dim, heads.groups * heads.head_dim, heads.groups * heads.head_dim};
   }
-  MCB_CHECK(rule.rows % present == 0, "plan: ", rule.name, ": ", rule.rows, " rows do not divide into ", present, " parts");
+  MCB_CHECK(rule.rows % present == 0, "plan: ", rule.name, ": ", rule.rows, " rows do not divide into ", present,
+            " parts");
   return std::vector<int64_t>(rule.hf.size(), rule.rows / present);
 }
 
@@ -38,12 +39,14 @@ class Planner {
     const auto present = std::count_if(rule.hf.begin(), rule.hf.end(), [](const auto& name) { return !name.empty(); });
     MCB_CHECK(present > 0, "plan: ", rule.name, " is made of no tensor");
     const auto rows = part_rows(rule, present);
-    MCB_CHECK(rows.size() == rule.hf.size(), "plan: ", rule.name, " has ", rule.hf.size(), " parts, its fusion ", rows.size());
+    MCB_CHECK(rows.size() == rule.hf.size(), "plan: ", rule.name, " has ", rule.hf.size(), " parts, its fusion ",
+              rows.size());
     for (size_t i = 0; i < rule.hf.size(); ++i) {
       Part part;
       if (!rule.hf[i].empty()) {
         part = {static_cast<int>(plan_.tensors.size()), rows[i]};
-        plan_.tensors.push_back({.name = rule.hf[i], .rows = rows[i], .cols = whole_columns_, .vector = rule.cols == 0});
+        plan_.tensors.push_back(
+            {.name = rule.hf[i], .rows = rows[i], .cols = whole_columns_, .vector = rule.cols == 0});
       }
       parts_.push_back(part);
     }
@@ -66,15 +69,22 @@ class Planner {
 
  private:
   void must_divide(int64_t value, const char* what) const {
-    MCB_CHECK(value % size_ == 0, "plan: ", rule_.name, ": its ", value, " ", what, " do not divide by tensor_model_parallel_size ", size_);
+    MCB_CHECK(value % size_ == 0, "plan: ", rule_.name, ": its ", value, " ", what,
+              " do not divide by tensor_model_parallel_size ", size_);
   }
 
   /// Appends rows [first, first + count) of a part to the local parameter.
   void add(const Part& part, int64_t first, int64_t count, bool owner) {
     if (part.tensor < 0 || count == 0) return;
     if (rule_.shard == Shard::kReplicated) owner = owner && rank_ == 0;
-    plan_.regions.push_back({.tensor = part.tensor, .hf_row = first, .hf_col = first_column_, .row = local_rows_, .col = 0,
-                             .rows = count, .cols = columns_, .owner = owner && !rule_.copy});
+    plan_.regions.push_back({.tensor = part.tensor,
+                             .hf_row = first,
+                             .hf_col = first_column_,
+                             .row = local_rows_,
+                             .col = 0,
+                             .rows = count,
+                             .cols = columns_,
+                             .owner = owner && !rule_.copy});
     local_rows_ += count;
   }
 
@@ -96,11 +106,12 @@ class Planner {
 
   void qkv(int rank, int size) {
     const auto& heads = rule_.heads;
-    MCB_CHECK(heads.heads % size == 0 && heads.heads % heads.groups == 0, "plan: ", rule_.name, ": ", heads.heads, " heads in ", heads.groups,
-              " groups do not divide by tensor_model_parallel_size ", size);
+    MCB_CHECK(heads.heads % size == 0 && heads.heads % heads.groups == 0, "plan: ", rule_.name, ": ", heads.heads,
+              " heads in ", heads.groups, " groups do not divide by tensor_model_parallel_size ", size);
     const auto group_rows = heads.heads / heads.groups * heads.head_dim;  // query rows of one group
     if (heads.groups >= size) {
-      MCB_CHECK(heads.groups % size == 0, "plan: ", rule_.name, ": ", heads.groups, " groups do not divide by tensor_model_parallel_size ", size);
+      MCB_CHECK(heads.groups % size == 0, "plan: ", rule_.name, ": ", heads.groups,
+                " groups do not divide by tensor_model_parallel_size ", size);
       const auto local = heads.groups / size;
       for (auto group = rank * local; group < (rank + 1) * local; ++group) {
         add(parts_[0], group * group_rows, group_rows, true);
@@ -110,7 +121,8 @@ class Planner {
       return;
     }
     // Fewer key/value heads than ranks: `copies` neighbours hold the same one and share its query heads.
-    MCB_CHECK(size % heads.groups == 0, "plan: ", rule_.name, ": tensor_model_parallel_size ", size, " is no multiple of the ", heads.groups, " groups");
+    MCB_CHECK(size % heads.groups == 0, "plan: ", rule_.name, ": tensor_model_parallel_size ", size,
+              " is no multiple of the ", heads.groups, " groups");
     const auto copies = size / heads.groups, group = rank / copies, copy = rank % copies;
     add(parts_[0], group * group_rows + copy * (group_rows / copies), group_rows / copies, true);
     add(parts_[1], group * heads.head_dim, heads.head_dim, copy == 0);
@@ -126,7 +138,9 @@ class Planner {
 
 }  // namespace
 
-ParameterPlan plan_parameter(const WeightRule& rule, int tp_rank, int tp_size) { return Planner(rule, tp_rank, tp_size).run(); }
+ParameterPlan plan_parameter(const WeightRule& rule, int tp_rank, int tp_size) {
+  return Planner(rule, tp_rank, tp_size).run();
+}
 
 std::vector<ParameterPlan> make_plan(const std::vector<WeightRule>& rules, int tp_rank, int tp_size) {
   std::vector<ParameterPlan> result;

@@ -1,5 +1,5 @@
-// Where every byte lives: for each local parameter, the boxes of the Hugging Face tensors it is made of. A pure function
-// of rules and ranks; load, save, export, initialisation and adapters are loops over it.
+// Where every byte lives: for each local parameter, the boxes of the Hugging Face tensors it is made of. A pure
+// function of rules and ranks; load, save, export, initialisation and adapters are loops over it.
 #pragma once
 
 #include <cstdint>
@@ -28,14 +28,15 @@ struct Region {
 };
 
 struct ParameterPlan {
-  std::string name;             ///< as WeightRule::name
-  std::vector<int64_t> sizes;   ///< local shape
+  std::string name;            ///< as WeightRule::name
+  std::vector<int64_t> sizes;  ///< local shape
   std::vector<HfTensor> tensors;
   std::vector<Region> regions;  ///< what no region covers is zero (vocabulary padding)
   WeightRule rule;
 };
 
-/// Throws ValueError when the rule cannot be split over `tp_size` ranks. `owner` of a replicated parameter is tp_rank 0.
+/// Throws ValueError when the rule cannot be split over `tp_size` ranks. `owner` of a replicated parameter is tp_rank
+/// 0.
 ParameterPlan plan_parameter(const WeightRule& rule, int tp_rank, int tp_size);
 std::vector<ParameterPlan> make_plan(const std::vector<WeightRule>& rules, int tp_rank, int tp_size);
 

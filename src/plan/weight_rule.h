@@ -28,20 +28,27 @@ struct HeadLayout {
 };
 
 struct WeightRule {
-  std::string name;             ///< Megatron name inside one chunk, e.g. "decoder.layers.3.mlp.linear_fc2.weight"
-  std::vector<std::string> hf;  ///< full Hugging Face names, one per fused part; an empty string: that part is absent (LoRA on q and v only)
-  int64_t rows = 0;             ///< whole (unsplit) rows of the parameter over all present parts: dim 0
-  int64_t cols = 0;             ///< whole columns; 0 for a vector
+  std::string name;  ///< Megatron name inside one chunk, e.g. "decoder.layers.3.mlp.linear_fc2.weight"
+  std::vector<std::string>
+      hf;  ///< full Hugging Face names, one per fused part; an empty string: that part is absent (LoRA on q and v only)
+  int64_t rows = 0;  ///< whole (unsplit) rows of the parameter over all present parts: dim 0
+  int64_t cols = 0;  ///< whole columns; 0 for a vector
   Shard shard = Shard::kReplicated;
   Fuse fuse = Fuse::kNone;
-  HeadLayout heads = {};        ///< kQkv only
+  HeadLayout heads = {};  ///< kQkv only
   /// Rows of the local parameter are padded so that the tensor-parallel size divides them (vocabulary); the padding is
   /// zero and is never written.
   bool pad_rows = false;
   /// This chunk's parameter repeats one that another stage writes (tied output layer on the last stage).
   bool copy = false;
   /// kNormal: random initialisation draws from N(0, init_method_std); kOne/kZero fill.
-  enum class Init { kNormal, kScaledNormal /* std / sqrt(2 * layers) */, kOne, kZero, kKaimingUniform /* LoRA A */ } init = Init::kNormal;
+  enum class Init {
+    kNormal,
+    kScaledNormal /* std / sqrt(2 * layers) */,
+    kOne,
+    kZero,
+    kKaimingUniform /* LoRA A */
+  } init = Init::kNormal;
 };
 
 }  // namespace mcore_bridge

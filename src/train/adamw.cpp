@@ -11,7 +11,8 @@ AdamW::AdamW(const GradBuffer& gradients, const OptimizerOptions& options) : opt
     const auto tensor = parameter.tensor.detach();
     const bool full = tensor.scalar_type() == at::kFloat;
     const auto fp32 = tensor.options().dtype(at::kFloat);
-    ParameterState state{parameter.name, full ? tensor : tensor.to(at::kFloat), at::zeros(tensor.sizes(), fp32), at::zeros(tensor.sizes(), fp32)};
+    ParameterState state{parameter.name, full ? tensor : tensor.to(at::kFloat), at::zeros(tensor.sizes(), fp32),
+                         at::zeros(tensor.sizes(), fp32)};
     if (!step_.defined()) step_ = at::zeros({}, fp32);
     auto& set = sets_[parameter.traits.no_weight_decay ? 1 : 0];
     set.masters.push_back(state.master);
@@ -33,8 +34,9 @@ void AdamW::step(double lr, const at::Tensor& grad_scale, const at::Tensor& skip
   step_.add_(1 - skip);
   for (auto& set : sets_) {
     if (set.masters.empty()) continue;
-    at::_fused_adamw_(set.masters, set.grads, set.exp_avgs, set.exp_avg_sqs, {}, set.steps, lr, options_.adam_beta1, options_.adam_beta2,
-                      set.weight_decay, options_.adam_eps, /*amsgrad=*/false, /*maximize=*/false, grad_scale, skip);
+    at::_fused_adamw_(set.masters, set.grads, set.exp_avgs, set.exp_avg_sqs, {}, set.steps, lr, options_.adam_beta1,
+                      options_.adam_beta2, set.weight_decay, options_.adam_eps, /*amsgrad=*/false, /*maximize=*/false,
+                      grad_scale, skip);
   }
   if (!low_precision_.empty()) at::_foreach_copy_(low_precision_, their_masters_);
 }

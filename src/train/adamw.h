@@ -12,7 +12,8 @@ namespace mcore_bridge {
 
 class AdamW {
  public:
-  /// What a checkpoint of the optimizer holds, one per trainable parameter. `master` is the parameter itself when that is fp32.
+  /// What a checkpoint of the optimizer holds, one per trainable parameter. `master` is the parameter itself when that
+  /// is fp32.
   struct ParameterState {
     std::string name;
     at::Tensor master, exp_avg, exp_avg_sq;  ///< fp32, the parameter's shape
@@ -20,8 +21,8 @@ class AdamW {
 
   AdamW(const GradBuffer& gradients, const OptimizerOptions& options);
 
-  /// One update. `grad_scale`: what gradients are divided by first (clipping), fp32 scalar; `skip`: fp32 scalar, 1 leaves
-  /// everything as it is (a non-finite step). Both on the parameters' device: the host does not wait.
+  /// One update. `grad_scale`: what gradients are divided by first (clipping), fp32 scalar; `skip`: fp32 scalar, 1
+  /// leaves everything as it is (a non-finite step). Both on the parameters' device: the host does not wait.
   void step(double lr, const at::Tensor& grad_scale, const at::Tensor& skip);
 
   const std::vector<ParameterState>& states() const { return states_; }

@@ -11,18 +11,26 @@ at::Tensor Executor::empty_hidden(const ForwardInput& batch) const {
   const auto& model = *chunks_[0];
   const auto& config = model.config();
   const auto length = batch.input_ids.size(1) / (config.sequence_parallel ? model.parallel().tp.size() : 1);
-  return at::empty({length, batch.input_ids.size(0), config.hidden_size}, at::TensorOptions(model.device()).dtype(config.params_dtype));
+  return at::empty({length, batch.input_ids.size(0), config.hidden_size},
+                   at::TensorOptions(model.device()).dtype(config.params_dtype));
 }
 
-at::Tensor Executor::train(const std::vector<StageSchedule>& schedule, const std::vector<ForwardInput>& batches, const std::vector<double>& weights) {
+at::Tensor Executor::train(const std::vector<StageSchedule>& schedule, const std::vector<ForwardInput>& batches,
+                           const std::vector<double>& weights) {
   batches_ = &batches;
   weights_ = &weights;
   loss_ = at::zeros({}, at::TensorOptions(chunks_[0]->device()).dtype(at::kDouble));
   for (const auto& action : schedule.at(chunks_[0]->parallel().place.pp)) {
     switch (action.kind) {
-      case Action::Kind::kForward: forward(action.micro_batch); break;
-      case Action::Kind::kBackward: backward(action.micro_batch); break;
-      case Action::Kind::kExchange: exchange(action.messages); break;
+      case Action::Kind::kForward:
+        forward(action.micro_batch);
+        break;
+      case Action::Kind::kBackward:
+        backward(action.micro_batch);
+        break;
+      case Action::Kind::kExchange:
+        exchange(action.messages);
+        break;
     }
   }
   live_.clear();

@@ -16,9 +16,10 @@ class Executor {
  public:
   explicit Executor(const Chunks& chunks) : chunks_(chunks) {}
 
-  /// Forward and backward of all micro-batches. `weights[i]`: what every token's loss of micro-batch i is multiplied by.
-  /// Returns this rank's weighted sum of losses (double scalar on the device; zero before the last stage).
-  at::Tensor train(const std::vector<StageSchedule>& schedule, const std::vector<ForwardInput>& batches, const std::vector<double>& weights);
+  /// Forward and backward of all micro-batches. `weights[i]`: what every token's loss of micro-batch i is multiplied
+  /// by. Returns this rank's weighted sum of losses (double scalar on the device; zero before the last stage).
+  at::Tensor train(const std::vector<StageSchedule>& schedule, const std::vector<ForwardInput>& batches,
+                   const std::vector<double>& weights);
 
   /// Forward only.
   at::Tensor evaluate(const std::vector<ForwardInput>& batches, const std::vector<double>& weights);
@@ -37,7 +38,7 @@ class Executor {
   const std::vector<ForwardInput>* batches_ = nullptr;
   const std::vector<double>* weights_ = nullptr;
   at::Tensor loss_;
-  std::map<int, Live> live_;                        ///< by micro-batch
+  std::map<int, Live> live_;                                ///< by micro-batch
   std::map<int, at::Tensor> gradients_in_, gradients_out_;  ///< of outputs, received; of inputs, to send
   std::deque<std::shared_ptr<Group::Pending>> sends_;       ///< gradients under way
 };

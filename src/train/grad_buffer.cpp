@@ -45,11 +45,15 @@ at::Tensor shared_part(const TrainableParameter& parameter) {
 
 }  // namespace
 
-GradBuffer::GradBuffer(const std::vector<NamedParameter>& parameters, ParallelStatePtr parallel, int64_t bucket_elements) : parallel_(std::move(parallel)) {
+GradBuffer::GradBuffer(const std::vector<NamedParameter>& parameters, ParallelStatePtr parallel,
+                       int64_t bucket_elements)
+    : parallel_(std::move(parallel)) {
   for (const auto& parameter : parameters) {
-    if (parameter.tensor.requires_grad()) parameters_.push_back({parameter.name, parameter.tensor, {}, parameter.traits});
+    if (parameter.tensor.requires_grad())
+      parameters_.push_back({parameter.name, parameter.tensor, {}, parameter.traits});
   }
-  MCB_CHECK(!parameters_.empty() || parallel_->topology.sizes().pipeline > 1, "Trainer: no parameter requires gradients");
+  MCB_CHECK(!parameters_.empty() || parallel_->topology.sizes().pipeline > 1,
+            "Trainer: no parameter requires gradients");
   std::vector<TrainableParameter*> pending;
   int64_t elements = 0;
   auto close = [&] {
@@ -72,7 +76,8 @@ GradBuffer::GradBuffer(const std::vector<NamedParameter>& parameters, ParallelSt
   close();
   for (auto& parameter : parameters_) {
     if (parameter.tensor.scalar_type() == at::kFloat) continue;
-    torch::autograd::impl::set_post_acc_grad_hooks(parameter.tensor, std::make_unique<AccumulateInFp32>(parameter.main_grad));
+    torch::autograd::impl::set_post_acc_grad_hooks(parameter.tensor,
+                                                   std::make_unique<AccumulateInFp32>(parameter.main_grad));
   }
 }
 

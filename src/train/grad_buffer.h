@@ -21,7 +21,8 @@ struct TrainableParameter {
 class GradBuffer {
  public:
   /// Takes the parameters that require gradients. Buckets run in reverse order (the order backward finishes them).
-  GradBuffer(const std::vector<NamedParameter>& parameters, ParallelStatePtr parallel, int64_t bucket_elements = 10 << 20);
+  GradBuffer(const std::vector<NamedParameter>& parameters, ParallelStatePtr parallel,
+             int64_t bucket_elements = 10 << 20);
   ~GradBuffer();
   GradBuffer(const GradBuffer&) = delete;
   GradBuffer& operator=(const GradBuffer&) = delete;

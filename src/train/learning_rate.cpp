@@ -47,18 +47,23 @@ void OptimizerOptions::validate() const {
   MCB_CHECK(lr_warmup_init <= lr, "lr_warmup_init: ", lr_warmup_init, " is above lr ", lr);
   MCB_CHECK(adam_beta1 >= 0 && adam_beta1 < 1, "adam_beta1: ", adam_beta1, " must be in [0, 1)");
   MCB_CHECK(adam_beta2 >= 0 && adam_beta2 < 1, "adam_beta2: ", adam_beta2, " must be in [0, 1)");
-  MCB_CHECK(train_iters >= 0 && lr_decay_iters >= 0 && lr_warmup_iters >= 0 && lr_wsd_decay_iters >= 0, "train_iters, lr_decay_iters, lr_warmup_iters and lr_wsd_decay_iters must not be negative");
+  MCB_CHECK(train_iters >= 0 && lr_decay_iters >= 0 && lr_warmup_iters >= 0 && lr_wsd_decay_iters >= 0,
+            "train_iters, lr_decay_iters, lr_warmup_iters and lr_wsd_decay_iters must not be negative");
   const auto decay = lr_decay_iters ? lr_decay_iters : train_iters;
-  MCB_CHECK(lr_decay_style == "constant" || decay > 0, "train_iters: the learning-rate schedule '", lr_decay_style, "' needs train_iters or lr_decay_iters");
-  MCB_CHECK(lr_decay_style == "constant" || lr_warmup_iters < decay, "lr_warmup_iters: ", lr_warmup_iters, " leaves nothing of the ", decay, " iterations to decay");
-  MCB_CHECK(lr_decay_style != "WSD" || (lr_wsd_decay_iters > 0 && lr_wsd_decay_iters <= decay), "lr_wsd_decay_iters: ", lr_wsd_decay_iters,
-            " must be between 1 and the ", decay, " iterations of the schedule");
+  MCB_CHECK(lr_decay_style == "constant" || decay > 0, "train_iters: the learning-rate schedule '", lr_decay_style,
+            "' needs train_iters or lr_decay_iters");
+  MCB_CHECK(lr_decay_style == "constant" || lr_warmup_iters < decay, "lr_warmup_iters: ", lr_warmup_iters,
+            " leaves nothing of the ", decay, " iterations to decay");
+  MCB_CHECK(lr_decay_style != "WSD" || (lr_wsd_decay_iters > 0 && lr_wsd_decay_iters <= decay),
+            "lr_wsd_decay_iters: ", lr_wsd_decay_iters, " must be between 1 and the ", decay,
+            " iterations of the schedule");
 }
 
 double learning_rate(const OptimizerOptions& o, int64_t iteration) {
   // Megatron's scheduler has counted the steps before this one.
   const double step = static_cast<double>(std::max<int64_t>(0, iteration - 1));
-  const double warm_up = static_cast<double>(o.lr_warmup_iters), decay = static_cast<double>(o.lr_decay_iters ? o.lr_decay_iters : o.train_iters);
+  const double warm_up = static_cast<double>(o.lr_warmup_iters),
+               decay = static_cast<double>(o.lr_decay_iters ? o.lr_decay_iters : o.train_iters);
   if (warm_up > 0 && step <= warm_up) return o.lr_warmup_init + (o.lr - o.lr_warmup_init) * step / warm_up;
   if (o.lr_decay_style == "constant") return o.lr;
   if (step > decay) return o.min_lr;

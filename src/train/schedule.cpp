@@ -17,18 +17,31 @@ class Row {
  public:
   Row(int stage, int stages) : stage_(stage), last_(stages - 1) {}
 
-  void forward(int micro_batch) { actions_.push_back({.kind = Kind::kForward, .chunk = 0, .micro_batch = micro_batch, .messages = {}}); }
-  void backward(int micro_batch) { actions_.push_back({.kind = Kind::kBackward, .chunk = 0, .micro_batch = micro_batch, .messages = {}}); }
+  void forward(int micro_batch) {
+    actions_.push_back({.kind = Kind::kForward, .chunk = 0, .micro_batch = micro_batch, .messages = {}});
+  }
+  void backward(int micro_batch) {
+    actions_.push_back({.kind = Kind::kBackward, .chunk = 0, .micro_batch = micro_batch, .messages = {}});
+  }
 
   // An activation is named by the chunk that produced it, its gradient likewise.
-  std::vector<Message> receive_forward(int batch) const { return stage_ > 0 ? list({false, false, stage_ - 1, batch, stage_ - 1}) : none(); }
-  std::vector<Message> send_forward(int batch) const { return stage_ < last_ ? list({true, false, stage_, batch, stage_ + 1}) : none(); }
-  std::vector<Message> receive_backward(int batch) const { return stage_ < last_ ? list({false, true, stage_, batch, stage_ + 1}) : none(); }
-  std::vector<Message> send_backward(int batch) const { return stage_ > 0 ? list({true, true, stage_ - 1, batch, stage_ - 1}) : none(); }
+  std::vector<Message> receive_forward(int batch) const {
+    return stage_ > 0 ? list({false, false, stage_ - 1, batch, stage_ - 1}) : none();
+  }
+  std::vector<Message> send_forward(int batch) const {
+    return stage_ < last_ ? list({true, false, stage_, batch, stage_ + 1}) : none();
+  }
+  std::vector<Message> receive_backward(int batch) const {
+    return stage_ < last_ ? list({false, true, stage_, batch, stage_ + 1}) : none();
+  }
+  std::vector<Message> send_backward(int batch) const {
+    return stage_ > 0 ? list({true, true, stage_ - 1, batch, stage_ - 1}) : none();
+  }
 
   void exchange(std::vector<Message> first, const std::vector<Message>& second = {}) {
     first.insert(first.end(), second.begin(), second.end());
-    if (!first.empty()) actions_.push_back({.kind = Kind::kExchange, .chunk = 0, .micro_batch = 0, .messages = std::move(first)});
+    if (!first.empty())
+      actions_.push_back({.kind = Kind::kExchange, .chunk = 0, .micro_batch = 0, .messages = std::move(first)});
   }
   StageSchedule take() { return std::move(actions_); }
 
@@ -42,7 +55,8 @@ class Row {
 }  // namespace
 
 std::vector<StageSchedule> one_forward_one_backward(int stages, int micro_batches) {
-  MCB_CHECK(stages > 0 && micro_batches > 0, "schedule: ", stages, " stages and ", micro_batches, " micro-batches must both be at least 1");
+  MCB_CHECK(stages > 0 && micro_batches > 0, "schedule: ", stages, " stages and ", micro_batches,
+            " micro-batches must both be at least 1");
   std::vector<StageSchedule> result;
   for (int stage = 0; stage < stages; ++stage) {
     Row row(stage, stages);
@@ -57,7 +71,8 @@ std::vector<StageSchedule> one_forward_one_backward(int stages, int micro_batche
       row.forward(warm_up + i);
       row.exchange(row.send_forward(warm_up + i), row.receive_backward(i));
       row.backward(i);
-      row.exchange(row.send_backward(i), i + 1 < steady ? row.receive_forward(warm_up + i + 1) : std::vector<Message>{});
+      row.exchange(row.send_backward(i),
+                   i + 1 < steady ? row.receive_forward(warm_up + i + 1) : std::vector<Message>{});
     }
     for (int batch = steady; batch < micro_batches; ++batch) {
       row.exchange(row.receive_backward(batch));
@@ -71,7 +86,7 @@ std::vector<StageSchedule> one_forward_one_backward(int stages, int micro_batche
 
 Simulation simulate(const std::vector<StageSchedule>& schedule, int micro_batches, double backward_cost) {
   const int stages = static_cast<int>(schedule.size());
-  using Key = std::tuple<bool, int, int>;  // gradient, chunk, micro-batch
+  using Key = std::tuple<bool, int, int>;         // gradient, chunk, micro-batch
   std::map<std::pair<int, Key>, double> arrived;  // (receiver, what) -> time
   std::vector<size_t> next(stages, 0);
   std::vector<double> clock(stages, 0), busy(stages, 0);
@@ -89,7 +104,8 @@ Simulation simulate(const std::vector<StageSchedule>& schedule, int micro_batche
         if (action.kind == Kind::kExchange) {
           if (posted[stage] <= next[stage]) {
             for (const auto& message : action.messages) {
-              if (message.send) arrived[{message.peer, {message.gradient, message.chunk, message.micro_batch}}] = clock[stage];
+              if (message.send)
+                arrived[{message.peer, {message.gradient, message.chunk, message.micro_batch}}] = clock[stage];
             }
             posted[stage] = next[stage] + 1;
             progress = true;
@@ -107,10 +123,10 @@ Simulation simulate(const std::vector<StageSchedule>& schedule, int micro_batche
         } else {
           const bool forward = action.kind == Kind::kForward;
           auto& done = forward ? forwarded : reversed;
-          MCB_CHECK(action.micro_batch >= 0 && action.micro_batch < micro_batches && !done[stage][action.micro_batch], "schedule: stage ", stage,
-                    " repeats or invents micro-batch ", action.micro_batch);
-          MCB_CHECK(forward || forwarded[stage][action.micro_batch], "schedule: stage ", stage, " reverses micro-batch ", action.micro_batch,
-                    " before its forward");
+          MCB_CHECK(action.micro_batch >= 0 && action.micro_batch < micro_batches && !done[stage][action.micro_batch],
+                    "schedule: stage ", stage, " repeats or invents micro-batch ", action.micro_batch);
+          MCB_CHECK(forward || forwarded[stage][action.micro_batch], "schedule: stage ", stage,
+                    " reverses micro-batch ", action.micro_batch, " before its forward");
           done[stage][action.micro_batch] = true;
           const double cost = forward ? 1.0 : backward_cost;
           clock[stage] += cost;
@@ -125,9 +141,11 @@ Simulation simulate(const std::vector<StageSchedule>& schedule, int micro_batche
   }
   double end = 0, work = 0;
   for (int stage = 0; stage < stages; ++stage) {
-    MCB_CHECK(next[stage] == schedule[stage].size(), "schedule: deadlock, stage ", stage, " waits in action ", next[stage]);
+    MCB_CHECK(next[stage] == schedule[stage].size(), "schedule: deadlock, stage ", stage, " waits in action ",
+              next[stage]);
     for (int batch = 0; batch < micro_batches; ++batch) {
-      MCB_CHECK(forwarded[stage][batch] && reversed[stage][batch], "schedule: stage ", stage, " never finishes micro-batch ", batch);
+      MCB_CHECK(forwarded[stage][batch] && reversed[stage][batch], "schedule: stage ", stage,
+                " never finishes micro-batch ", batch);
     }
     end = std::max(end, clock[stage]);
     work += busy[stage];

@@ -25,9 +25,9 @@ std::vector<NamedParameter> all_parameters(const Chunks& chunks) {
 
 /// Counts that all data-parallel ranks must know before the step starts.
 struct BatchCounts {
-  int64_t micro_batches = 0;          ///< of this rank
-  int64_t all_micro_batches = 0;      ///< of all data-parallel ranks
-  int64_t tokens = 0, loss_tokens = 0;  ///< over all data-parallel ranks
+  int64_t micro_batches = 0;             ///< of this rank
+  int64_t all_micro_batches = 0;         ///< of all data-parallel ranks
+  int64_t tokens = 0, loss_tokens = 0;   ///< over all data-parallel ranks
   std::vector<int64_t> own_loss_tokens;  ///< by micro-batch
 };
 
@@ -35,19 +35,24 @@ void check_batch(const ForwardInput& batch, size_t index, const GPTModel& model)
   auto bad = [&](const auto&... what) { fail("train_step: micro-batch ", index, ": ", what...); };
   if (!batch.input_ids.defined() || batch.input_ids.dim() != 2) bad("input_ids [b, s] is missing");
   if (!batch.labels.defined()) bad("labels is missing; labels[t] is the target of position t, -100 for none");
-  if (batch.labels.sizes() != batch.input_ids.sizes()) bad("labels ", batch.labels.sizes(), " and input_ids ", batch.input_ids.sizes(), " differ in shape");
+  if (batch.labels.sizes() != batch.input_ids.sizes())
+    bad("labels ", batch.labels.sizes(), " and input_ids ", batch.input_ids.sizes(), " differ in shape");
   if (batch.input_ids.numel() == 0) bad("it holds no token");
   const auto tp = model.parallel().tp.size();
   if (model.config().sequence_parallel && batch.input_ids.size(1) % tp != 0) {
-    bad("with sequence_parallel its ", batch.input_ids.size(1), " positions must divide by tensor_model_parallel_size ", tp, "; pad it");
+    bad("with sequence_parallel its ", batch.input_ids.size(1), " positions must divide by tensor_model_parallel_size ",
+        tp, "; pad it");
   }
-  if (batch.packed && batch.input_ids.size(0) != 1) bad("a packed micro-batch is one row, input_ids has ", batch.input_ids.size(0));
+  if (batch.packed && batch.input_ids.size(0) != 1)
+    bad("a packed micro-batch is one row, input_ids has ", batch.input_ids.size(0));
   const auto vocabulary = model.config().padded_vocab_size;
   if (batch.input_ids.is_cpu()) {
     const auto low = batch.input_ids.min().item<int64_t>(), high = batch.input_ids.max().item<int64_t>();
-    if (low < 0 || high >= vocabulary) bad("input_ids holds ", low < 0 ? low : high, ", the vocabulary has ", vocabulary, " tokens");
+    if (low < 0 || high >= vocabulary)
+      bad("input_ids holds ", low < 0 ? low : high, ", the vocabulary has ", vocabulary, " tokens");
   }
-  if (batch.labels.is_cpu() && batch.labels.max().item<int64_t>() >= vocabulary) bad("labels holds ", batch.labels.max().item<int64_t>(), ", the vocabulary has ", vocabulary, " tokens");
+  if (batch.labels.is_cpu() && batch.labels.max().item<int64_t>() >= vocabulary)
+    bad("labels holds ", batch.labels.max().item<int64_t>(), ", the vocabulary has ", vocabulary, " tokens");
 }
 
 BatchCounts count(const std::vector<ForwardInput>& batches, const GPTModel& model) {
@@ -71,8 +76,9 @@ BatchCounts count(const std::vector<ForwardInput>& batches, const GPTModel& mode
     counts.loss_tokens = sums[1].item<int64_t>();
     counts.all_micro_batches = sums[2].item<int64_t>();
     together(parallel.world, [&] {
-      MCB_CHECK(counts.micro_batches * parallel.dp_cp.size() == counts.all_micro_batches, "train_step: this data-parallel rank has ", counts.micro_batches,
-                " micro-batches, all ", parallel.dp_cp.size(), " together ", counts.all_micro_batches, "; every rank needs equally many");
+      MCB_CHECK(counts.micro_batches * parallel.dp_cp.size() == counts.all_micro_batches,
+                "train_step: this data-parallel rank has ", counts.micro_batches, " micro-batches, all ",
+                parallel.dp_cp.size(), " together ", counts.all_micro_batches, "; every rank needs equally many");
     });
   }
   MCB_CHECK(counts.loss_tokens > 0, "train_step: no token of the global batch carries loss (all labels are -100)");
@@ -84,7 +90,8 @@ std::vector<double> loss_weights(const BatchCounts& counts, bool per_token) {
   std::vector<double> weights;
   for (const auto own : counts.own_loss_tokens) {
     weights.push_back(per_token ? 1.0 / static_cast<double>(counts.loss_tokens)
-                                : 1.0 / static_cast<double>(std::max<int64_t>(1, own)) / static_cast<double>(counts.all_micro_batches));
+                                : 1.0 / static_cast<double>(std::max<int64_t>(1, own)) /
+                                      static_cast<double>(counts.all_micro_batches));
   }
   return weights;
 }
@@ -114,8 +121,11 @@ struct Trainer::State {
   int64_t iteration = 0;
 
   State(Chunks given, OptimizerOptions opts)
-      : chunks(std::move(given)), options(std::move(opts)), gradients(all_parameters(chunks), chunks.at(0)->parallel_ptr()),
-        optimizer(gradients, options), executor(chunks) {}
+      : chunks(std::move(given)),
+        options(std::move(opts)),
+        gradients(all_parameters(chunks), chunks.at(0)->parallel_ptr()),
+        optimizer(gradients, options),
+        executor(chunks) {}
 
   const GPTModel& model() const { return *chunks[0]; }
 
@@ -145,7 +155,10 @@ StepResult Trainer::train_step(const std::vector<ForwardInput>& micro_batches) {
   const auto counts = count(micro_batches, s.model());
   const auto batches = moved(micro_batches, s.model().device());
   const auto weights = loss_weights(counts, s.options.calculate_per_token_loss);
-  StepResult result{.iteration = s.iteration + 1, .lr = learning_rate(s.options, s.iteration + 1), .tokens = counts.tokens, .loss_tokens = counts.loss_tokens};
+  StepResult result{.iteration = s.iteration + 1,
+                    .lr = learning_rate(s.options, s.iteration + 1),
+                    .tokens = counts.tokens,
+                    .loss_tokens = counts.loss_tokens};
 
   for (auto& chunk : s.chunks) chunk->train(true);
   s.gradients.begin();
@@ -166,7 +179,8 @@ StepResult Trainer::train_step(const std::vector<ForwardInput>& micro_batches) {
   result.loss = host[0].item<double>();
   result.grad_norm = std::sqrt(host[1].item<double>());
   if (!std::isfinite(result.loss) || !std::isfinite(result.grad_norm)) {
-    fail<NonFiniteError>("train_step: step ", result.iteration, ": the ", std::isfinite(result.loss) ? "gradient norm" : "loss", " is ",
+    fail<NonFiniteError>("train_step: step ", result.iteration, ": the ",
+                         std::isfinite(result.loss) ? "gradient norm" : "loss", " is ",
                          std::isfinite(result.loss) ? result.grad_norm : result.loss, "; no parameter was changed");
   }
   ++s.iteration;
@@ -177,7 +191,8 @@ double Trainer::evaluate(const std::vector<ForwardInput>& micro_batches) {
   auto& s = *state_;
   const auto counts = count(micro_batches, s.model());
   for (auto& chunk : s.chunks) chunk->train(false);
-  const auto loss = s.executor.evaluate(moved(micro_batches, s.model().device()), loss_weights(counts, s.options.calculate_per_token_loss));
+  const auto loss = s.executor.evaluate(moved(micro_batches, s.model().device()),
+                                        loss_weights(counts, s.options.calculate_per_token_loss));
   for (auto& chunk : s.chunks) chunk->train(true);
   return s.totals(loss, {})[0].item<double>();
 }

@@ -14,19 +14,24 @@ constexpr const char* kPeftPrefix = "base_model.model.";
 std::string module_of(const std::string& weight) { return weight.substr(0, weight.rfind('.')); }
 
 int64_t present_rows(const WeightRule& base, const std::vector<bool>& parts) {
-  if (base.fuse != Fuse::kQkv) return base.rows / static_cast<int64_t>(parts.size()) * std::count(parts.begin(), parts.end(), true);
+  if (base.fuse != Fuse::kQkv)
+    return base.rows / static_cast<int64_t>(parts.size()) * std::count(parts.begin(), parts.end(), true);
   const auto& heads = base.heads;
-  return (parts[0] ? heads.heads * heads.head_dim : 0) + ((parts[1] ? 1 : 0) + (parts[2] ? 1 : 0)) * heads.groups * heads.head_dim;
+  return (parts[0] ? heads.heads * heads.head_dim : 0) +
+         ((parts[1] ? 1 : 0) + (parts[2] ? 1 : 0)) * heads.groups * heads.head_dim;
 }
 
 }  // namespace
 
-std::vector<WeightRule> adapter_rules(const std::vector<WeightRule>& base, const LoraOptions& options, const std::string& adapter_name) {
+std::vector<WeightRule> adapter_rules(const std::vector<WeightRule>& base, const LoraOptions& options,
+                                      const std::string& adapter_name) {
   std::map<std::string, std::vector<bool>> targets;
   for (auto& target : match_targets(base, options)) targets[target.name + ".weight"] = std::move(target.parts);
   const auto saved = match_modules_to_save(base, options);
-  const bool last_stage = std::any_of(base.begin(), base.end(), [](const auto& rule) { return rule.name == "decoder.final_layernorm.weight"; });
-  const bool has_output = std::any_of(base.begin(), base.end(), [](const auto& rule) { return rule.name == "output_layer.weight"; });
+  const bool last_stage = std::any_of(base.begin(), base.end(),
+                                      [](const auto& rule) { return rule.name == "decoder.final_layernorm.weight"; });
+  const bool has_output =
+      std::any_of(base.begin(), base.end(), [](const auto& rule) { return rule.name == "output_layer.weight"; });
 
   std::vector<WeightRule> result;
   std::vector<WeightRule> tied_heads;  // go last, where lm_head stands in files
@@ -35,24 +40,35 @@ std::vector<WeightRule> adapter_rules(const std::vector<WeightRule>& base, const
       const auto& parts = target->second;
       auto file_names = [&](const char* matrix) {
         std::vector<std::string> names;
-        for (size_t i = 0; i < parts.size(); ++i) names.push_back(parts[i] ? kPeftPrefix + module_of(rule.hf[i]) + matrix : "");
+        for (size_t i = 0; i < parts.size(); ++i)
+          names.push_back(parts[i] ? kPeftPrefix + module_of(rule.hf[i]) + matrix : "");
         return names;
       };
       const auto module = module_of(rule.name);
       const auto count = std::count(parts.begin(), parts.end(), true);
       const bool row = rule.shard == Shard::kRow;
-      result.push_back({.name = module + ".lora_A." + adapter_name + ".weight", .hf = file_names(".lora_A.weight"), .rows = count * options.r,
-                        .cols = rule.cols, .shard = row ? Shard::kRow : Shard::kReplicated, .fuse = parts.size() > 1 ? Fuse::kStack : Fuse::kNone,
+      result.push_back({.name = module + ".lora_A." + adapter_name + ".weight",
+                        .hf = file_names(".lora_A.weight"),
+                        .rows = count * options.r,
+                        .cols = rule.cols,
+                        .shard = row ? Shard::kRow : Shard::kReplicated,
+                        .fuse = parts.size() > 1 ? Fuse::kStack : Fuse::kNone,
                         .init = WeightRule::Init::kKaimingUniform});
-      result.push_back({.name = module + ".lora_B." + adapter_name + ".weight", .hf = file_names(".lora_B.weight"),
-                        .rows = present_rows(rule, parts), .cols = options.r, .shard = row ? Shard::kReplicated : rule.shard, .fuse = rule.fuse,
-                        .heads = rule.heads, .init = WeightRule::Init::kZero});
+      result.push_back({.name = module + ".lora_B." + adapter_name + ".weight",
+                        .hf = file_names(".lora_B.weight"),
+                        .rows = present_rows(rule, parts),
+                        .cols = options.r,
+                        .shard = row ? Shard::kReplicated : rule.shard,
+                        .fuse = rule.fuse,
+                        .heads = rule.heads,
+                        .init = WeightRule::Init::kZero});
     }
     if (std::find(saved.begin(), saved.end(), rule.name) == saved.end()) continue;
     auto whole = rule;
     for (auto& name : whole.hf) name = kPeftPrefix + name;
     if (rule.copy) {
-      // The tied output layer of a last stage: PEFT keeps embed_tokens and lm_head apart, so it is written under its own name.
+      // The tied output layer of a last stage: PEFT keeps embed_tokens and lm_head apart, so it is written under its
+      // own name.
       whole.hf = {std::string(kPeftPrefix) + "lm_head.weight"};
       whole.copy = false;
     }
@@ -70,7 +86,8 @@ Json peft_config(const ModelConfig& config, const LoraOptions& options, const st
   const auto rules = chunk_weights(config, {.layers = {0, config.num_layers}});
   std::set<std::string> adapted, all, leaves, saved;
   for (const auto& target : match_targets(rules, options)) {
-    const auto rule = std::find_if(rules.begin(), rules.end(), [&](const auto& r) { return r.name == target.name + ".weight"; });
+    const auto rule =
+        std::find_if(rules.begin(), rules.end(), [&](const auto& r) { return r.name == target.name + ".weight"; });
     for (size_t i = 0; i < target.parts.size(); ++i) {
       if (!target.parts[i]) continue;
       const auto module = module_of(rule->hf[i]);

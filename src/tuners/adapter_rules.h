@@ -10,7 +10,8 @@
 namespace mcore_bridge {
 
 /// `base`: rules of a chunk (or of the whole model). Pure: every rank can compute every stage's.
-std::vector<WeightRule> adapter_rules(const std::vector<WeightRule>& base, const LoraOptions& options, const std::string& adapter_name);
+std::vector<WeightRule> adapter_rules(const std::vector<WeightRule>& base, const LoraOptions& options,
+                                      const std::string& adapter_name);
 
 /// The content of adapter_config.json as PEFT reads it; target_modules are Hugging Face names.
 Json peft_config(const ModelConfig& config, const LoraOptions& options, const std::string& base_model);

@@ -1,5 +1,5 @@
-// LoRA: adds adapters beside the linear layers and freezes the rest. Source: https://arxiv.org/abs/2106.09685, with PEFT's
-// scaling (rsLoRA: https://arxiv.org/abs/2312.03732) and initialisation.
+// LoRA: adds adapters beside the linear layers and freezes the rest. Source: https://arxiv.org/abs/2106.09685, with
+// PEFT's scaling (rsLoRA: https://arxiv.org/abs/2312.03732) and initialisation.
 #include "mcore_bridge/lora.h"
 
 #include <ATen/ATen.h>
@@ -24,13 +24,15 @@ double LoraOptions::scaling() const {
 void LoraOptions::validate() const {
   MCB_CHECK(r > 0, "lora r: ", r, " must be at least 1");
   MCB_CHECK(lora_dropout >= 0 && lora_dropout < 1, "lora_dropout: ", lora_dropout, " must be in [0, 1)");
-  MCB_CHECK(!target_modules.empty() || !target_regex.empty(), "target_modules: no module is named; use all-linear or list some");
+  MCB_CHECK(!target_modules.empty() || !target_regex.empty(),
+            "target_modules: no module is named; use all-linear or list some");
 }
 
 void add_lora(const Chunks& chunks, const LoraOptions& options, const std::string& adapter_name) {
   options.validate();
   MCB_CHECK(!chunks.empty(), "add_lora: no model given");
-  MCB_CHECK(!adapter_name.empty() && adapter_name.find('.') == std::string::npos, "add_lora: adapter name '", adapter_name, "' must be a word without dots");
+  MCB_CHECK(!adapter_name.empty() && adapter_name.find('.') == std::string::npos, "add_lora: adapter name '",
+            adapter_name, "' must be a word without dots");
   check_targets(chunks[0]->config(), options);
   for (const auto& chunk : chunks) {
     const auto rules = chunk->rules();
@@ -38,14 +40,16 @@ void add_lora(const Chunks& chunks, const LoraOptions& options, const std::strin
     std::map<std::string, ParallelLinear*> linears;
     for (const auto& [name, layer] : chunk->linears()) linears[name] = layer;
     for (auto& target : match_targets(rules, options)) {
-      linears.at(target.name)->add_adapter(adapter_name, target.parts, options.r, options.scaling(), options.lora_dropout);
+      linears.at(target.name)
+          ->add_adapter(adapter_name, target.parts, options.r, options.scaling(), options.lora_dropout);
     }
     chunk->lora_options[adapter_name] = options;
     chunk->modules_to_save = match_modules_to_save(rules, options);
 
     std::map<std::string, at::Tensor> parameters;
     for (auto& parameter : chunk->named_parameters()) {
-      const bool adapter = parameter.name.find(".lora_A.") != std::string::npos || parameter.name.find(".lora_B.") != std::string::npos;
+      const bool adapter =
+          parameter.name.find(".lora_A.") != std::string::npos || parameter.name.find(".lora_B.") != std::string::npos;
       auto plain = parameter.name;
       if (const auto at = plain.find("base_layer."); at != std::string::npos) plain.erase(at, 11);
       const auto& kept = chunk->modules_to_save;

@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
-import tiny  # noqa: E402
-
 import mcore_bridge as mb  # noqa: E402
+import tiny  # noqa: E402
 
 
 def build(folder, **layout):
@@ -32,7 +31,9 @@ def layout(folder, work):
 
 def heads(folder, work):
     mb.initialize_model_parallel(tensor_model_parallel_size=2)
-    mb.ModelConfig(**{**mb.hf_to_mcore_config(folder), "num_attention_heads": 9, "num_query_groups": 9}, tensor_model_parallel_size=2)
+    mb.ModelConfig(
+        **{**mb.hf_to_mcore_config(folder), "num_attention_heads": 9, "num_query_groups": 9}, tensor_model_parallel_size=2
+    )
 
 
 def nan_on_one_rank(folder, work):

@@ -17,16 +17,16 @@ LAYOUTS = [
     ("tp2_pp2_sp", 4, dict(tp=2, pp=2, sp=True)),
     ("tp4_two_kv_heads", 4, dict(tp=4)),
     ("tp4_sp_two_kv_heads", 4, dict(tp=4, sp=True)),
-    ("pp4_uneven", 4, dict(pp=4, fields=dict(num_layers_in_first_pipeline_stage=1))),
+    ("pp4_uneven", 4, dict(pp=4, fields=dict(num_layers_in_first_pipeline_stage=3))),
     ("tp2_dp2", 4, dict(tp=2)),
     ("pp2_dp2", 4, dict(pp=2)),
 ]
 
 MODELS = {
     # Tied embeddings, QK norms, biases; two KV heads so that TP 4 repeats them.
-    "qwen3": ("qwen3_tied", dict(num_key_value_heads=2, num_hidden_layers=7)),
+    "qwen3": ("qwen3_tied", dict(num_key_value_heads=2, num_hidden_layers=6)),
     # Untied, biases everywhere, llama3 rope.
-    "llama": ("llama3_biases_tied", dict(num_key_value_heads=2, num_hidden_layers=7, tie_word_embeddings=False)),
+    "llama": ("llama3_biases_tied", dict(num_key_value_heads=2, num_hidden_layers=6, tie_word_embeddings=False)),
 }
 
 VARIANTS = {
@@ -34,14 +34,11 @@ VARIANTS = {
     "full_packed": dict(packed=True),
     "lora": dict(lora=dict(r=4, lora_alpha=8)),
     "lora_parts_packed": dict(
-        packed=True, lora=dict(r=3, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "v_proj", "down_proj", "linear_proj"])
+        packed=True,
+        lora=dict(r=3, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "v_proj", "down_proj", "linear_proj"]),
     ),
     "mean_of_means": dict(options=dict(calculate_per_token_loss=False, clip_grad=0.1)),
 }
-
-
-def divides(model, layout):
-    return True
 
 
 def cases_for(processes):
@@ -50,13 +47,11 @@ def cases_for(processes):
         for name, count, layout in LAYOUTS:
             if count != processes:
                 continue
-            if settings.get("packed") and layout.get("sp"):
-                layout = layout  # rows of 24 tokens divide by 2 and 4
             cases.append(dict(name=f"{variant}-{name}", layout=layout, steps=STEPS, **settings))
     return cases
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=["qwen3", pytest.param("llama", marks=pytest.mark.slow)])
 def results(request, tmp_path_factory):
     work = tmp_path_factory.mktemp(request.param)
     family, overrides = MODELS[request.param]
@@ -81,8 +76,6 @@ def close(actual, expected, tolerance):
 def test_same_as_one_rank(results, variant, layout):
     found, _ = results
     expected, actual = found[variant], found[f"{variant}-{layout}"]
-    if variant == "mean_of_means" and "dp2" in layout:
-        pass  # the mean over micro-batches is over all of them, wherever they ran
     assert expected["losses"][-1] < expected["losses"][0], "the reference does not learn"
     assert close(actual["losses"], expected["losses"], LOSS)
     assert close(actual["norms"], expected["norms"], 1e-3)
@@ -129,11 +122,20 @@ def test_random_weights_and_reruns(tmp_path):
     """Initialisation does not depend on the layout, and the same run twice is bit-identical."""
     tiny.save("qwen3_tied", tmp_path / "model")
     case = dict(steps=5, initialize=True)
-    alone = run_cases(tmp_path / "model", [dict(name="a", **case), dict(name="b", **case), dict(name="start", steps=0, initialize=True)], 1, tmp_path)
+    alone = run_cases(
+        tmp_path / "model",
+        [dict(name="a", **case), dict(name="b", **case), dict(name="start", steps=0, initialize=True)],
+        1,
+        tmp_path,
+    )
     layout = dict(tp=2, pp=2, sp=True)
     split = run_cases(
         tmp_path / "model",
-        [dict(name="a", layout=layout, **case), dict(name="b", layout=layout, **case), dict(name="start", layout=layout, steps=0, initialize=True)],
+        [
+            dict(name="a", layout=layout, **case),
+            dict(name="b", layout=layout, **case),
+            dict(name="start", layout=layout, steps=0, initialize=True),
+        ],
         4,
         tmp_path,
     )

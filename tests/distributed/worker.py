@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
-import tiny  # noqa: E402
-
 import mcore_bridge as mb  # noqa: E402
+import tiny  # noqa: E402
 
 LAYOUT_ARGUMENTS = {
     "tp": "tensor_model_parallel_size",
@@ -52,13 +51,22 @@ def run(case, folder):
     lora = case.get("lora")
     if lora is not None:
         mb.add_lora(models, mb.LoraOptions(**lora))
-    trainer = mb.Trainer(models, lr=2e-3, train_iters=case["steps"], lr_warmup_iters=2, weight_decay=0.1, **case.get("options", {}))
+    trainer = mb.Trainer(
+        models,
+        lr=2e-3,
+        train_iters=max(1, case["steps"]),
+        lr_warmup_iters=min(2, case["steps"] // 2),
+        weight_decay=0.1,
+        **case.get("options", {}),
+    )
     total = case.get("micro_batches", 4)
     share = total // state.dp_size
     losses, norms = [], []
     for step in range(case["steps"]):
         mine = range(state.dp_rank * share, (state.dp_rank + 1) * share)
-        result = trainer.train_step([micro_batch(step * total + index, case.get("packed", False)) for index in mine])
+        result = trainer.train_step(
+            [micro_batch((step * total + index) % (2 * total), case.get("packed", False)) for index in mine]
+        )
         losses.append(result.loss)
         norms.append(result.grad_norm)
     evaluated = trainer.evaluate([micro_batch(900 + index, case.get("packed", False)) for index in range(2)])

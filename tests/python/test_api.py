@@ -5,11 +5,10 @@ import subprocess
 import sys
 import time
 
+import mcore_bridge as mb
 import pytest
 import tiny
 import torch
-
-import mcore_bridge as mb
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,13 @@
 
 import json
 
+import mcore_bridge as mb
 import peft
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-
-import mcore_bridge as mb
 
 OPTIONS = {
     "all_linear": dict(r=4, lora_alpha=8, target_modules=["all-linear"]),
@@ -81,7 +80,9 @@ def test_adapter_opens_in_peft(folder, kind, tmp_path):
                 parameter.copy_(gradients[name])
     exported = dict(config.bridge.export_weights(models, peft_format=True))
     expected_gradients = {
-        name.replace(".default", "").replace("modules_to_save.", ""): p.grad for name, p in peft_model.named_parameters() if p.requires_grad
+        name.replace(".default", "").replace("modules_to_save.", ""): p.grad
+        for name, p in peft_model.named_parameters()
+        if p.requires_grad
     }
     tied = not config.untie_embeddings_and_output_weights
     if kind == "saved_modules" and tied:  # one matrix here, two in PEFT: the gradients add up
@@ -110,7 +111,10 @@ def test_peft_adapter_loads_here(folder, tmp_path):
     with torch.no_grad():
         assert tiny.relative(models[0](ids), peft_model(ids).logits) < 2e-5
     save_adapter(config, models, tmp_path / "again", folder)
-    before, after = load_file(tmp_path / "adapter/adapter_model.safetensors"), load_file(tmp_path / "again/adapter_model.safetensors")
+    before, after = (
+        load_file(tmp_path / "adapter/adapter_model.safetensors"),
+        load_file(tmp_path / "again/adapter_model.safetensors"),
+    )
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]), name

@@ -1,11 +1,10 @@
 """Logits and every gradient against Transformers, in float32, for every family and rope kind."""
 
+import mcore_bridge as mb
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-
-import mcore_bridge as mb
 
 LOGITS, GRADIENTS = 2e-5, 1e-4
 

@@ -22,13 +22,23 @@ _COMMON = dict(
 )
 
 _YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32)
-_LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+_LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=500000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
 
 FAMILIES = {
     "llama": ("llama", {}),
     "llama3_biases_tied": ("llama", dict(rope_parameters=_LLAMA3, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
     "llama_linear": ("llama", dict(rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.0))),
-    "llama_dynamic": ("llama", dict(max_position_embeddings=16, rope_parameters=dict(rope_type="dynamic", rope_theta=10000.0, factor=2.0))),
+    "llama_dynamic": (
+        "llama",
+        dict(max_position_embeddings=16, rope_parameters=dict(rope_type="dynamic", rope_theta=10000.0, factor=2.0)),
+    ),
     "qwen2": ("qwen2", {}),
     "qwen2_yarn_window": (
         "qwen2",
