@@ -1,0 +1,1 @@
+"""The command line: pt, sft, export, verify, inspect."""

@@ -1,0 +1,312 @@
+"""Flags: a dataclass field is a flag, its type, default, help and choices; nothing is written twice."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Literal, Optional
+
+Strings = List[str]
+
+
+def flag(default, text, section=None, choices=None):
+    """A field with a default, its help text, the section it opens in --help, and its allowed values."""
+    metadata = dict(help=text, section=section, choices=choices)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelArguments:
+    model: Optional[str] = flag(None, "Hugging Face folder or hub id", "Model and weights")
+    adapters: Strings = flag([], "PEFT adapter folder to start from (one)")
+    torch_dtype: Optional[str] = flag(
+        None, "dtype of the weights; default: config.json's", choices=["float32", "bfloat16", "float16"]
+    )
+    max_shard_size: str = flag("5GB", "largest safetensors file, e.g. 5GB, 500MB, 2GiB")
+    rope_scaling: Optional[Dict[str, Any]] = flag(None, "JSON: replaces the model's RoPE scaling")
+    megatron_extra_kwargs: Dict[str, Any] = flag({}, "JSON: further ModelConfig fields, last word")
+    output_dir: Optional[str] = flag(None, "where results go; default: megatron_output/<model name>")
+
+    tensor_model_parallel_size: int = flag(1, "processes a matrix is split over", "Parallelism")
+    pipeline_model_parallel_size: int = flag(1, "processes the layers are split over")
+    context_parallel_size: int = flag(1, "processes a sequence is split over")
+    expert_model_parallel_size: int = flag(1, "processes the experts are split over")
+    virtual_pipeline_model_parallel_size: Optional[int] = flag(None, "chunks of layers per pipeline process")
+    sequence_parallel: bool = flag(False, "split activations along the sequence over the tensor-parallel processes")
+    decoder_first_pipeline_num_layers: Optional[int] = flag(None, "layers of the first stage when uneven")
+    decoder_last_pipeline_num_layers: Optional[int] = flag(None, "layers of the last stage when uneven")
+    account_for_embedding_in_pipeline_split: bool = flag(False, "count the embedding as a layer")
+    account_for_loss_in_pipeline_split: bool = flag(False, "count the output layer as a layer")
+
+
+@dataclass
+class TrainArguments(ModelArguments):
+    dataset: Strings = flag([], "files (jsonl, json, csv, parquet, txt) or hub ids; NAME#500 takes 500 rows", "Data")
+    val_dataset: Strings = flag([], "validation data")
+    split_dataset_ratio: float = flag(0.0, "share of the training data held out for validation")
+    max_length: Optional[int] = flag(None, "longest sample in tokens; default: the model's max_position_embeddings, at most 8192")
+    truncation_strategy: Literal["delete", "left", "right"] = flag("delete", "what happens to longer samples")
+    packing: bool = flag(False, "pack whole samples into rows of packing_length without padding")
+    packing_length: Optional[int] = flag(None, "tokens of a packed row; default: max_length")
+    padding_free: bool = flag(True, "flatten a micro-batch into one row instead of padding it")
+    dataset_shuffle: bool = flag(True, "shuffle the rows once")
+    train_dataloader_shuffle: bool = flag(True, "shuffle the samples anew every epoch")
+    dataset_num_proc: int = flag(1, "processes that tokenise")
+    data_seed: int = flag(42, "seed of the data order")
+    columns: Dict[str, str] = flag({}, 'JSON: rename columns, e.g. {"question": "query"}')
+    strict: bool = flag(False, "a row that cannot be read is an error instead of being dropped with a warning")
+    system: Optional[str] = flag(None, "system message for rows without one")
+    use_chat_template: Optional[bool] = flag(None, "render rows with the tokenizer's chat template (sft: true, pt: false)")
+    loss_scale: Optional[Literal["default", "last_round", "all"]] = flag(
+        None, "tokens that carry loss: all assistant turns, the last one, everything (sft: default, pt: all)"
+    )
+
+    micro_batch_size: int = flag(1, "samples (or packed rows) per forward and data-parallel rank", "Batch and steps")
+    global_batch_size: int = flag(16, "samples (or packed rows) per optimizer step over all ranks")
+    train_iters: Optional[int] = flag(None, "optimizer steps; default: from num_train_epochs")
+    num_train_epochs: Optional[float] = flag(None, "passes over the data (default 1 without train_iters)")
+    seed: int = flag(42, "seed of adapters, random weights and dropout")
+    calculate_per_token_loss: bool = flag(True, "every token of the global batch counts alike (false: every micro-batch)")
+
+    lr: Optional[float] = flag(None, "peak learning rate; default 1e-5 full, 1e-4 LoRA", "Optimizer and learning rate")
+    min_lr: float = flag(0.0, "its floor")
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = flag(
+        "cosine", "shape of the schedule"
+    )
+    lr_decay_iters: Optional[int] = flag(None, "steps of the decay; default: train_iters")
+    lr_warmup_iters: int = flag(0, "steps of linear warm-up")
+    lr_warmup_fraction: Optional[float] = flag(None, "the same as a share of the decay steps")
+    lr_warmup_init: float = flag(0.0, "where the warm-up starts")
+    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = flag("exponential", "tail of WSD")
+    lr_wsd_decay_iters: Optional[int] = flag(None, "steps of the tail")
+    weight_decay: float = flag(0.1, "decoupled; not applied to norms and biases")
+    clip_grad: float = flag(1.0, "largest gradient norm; 0: no clipping")
+    adam_beta1: float = flag(0.9, "AdamW")
+    adam_beta2: float = flag(0.95, "AdamW")
+    adam_eps: float = flag(1e-8, "AdamW")
+
+    tuner_type: Literal["full", "lora"] = flag("full", "train everything or an adapter", "Tuning")
+    target_modules: Strings = flag(["all-linear"], "layers the adapter goes to: all-linear, linear_qkv, q_proj, ...")
+    target_regex: Optional[str] = flag(None, "instead: a regular expression over whole module names")
+    modules_to_save: Strings = flag([], "further modules trained in full, e.g. embed_tokens lm_head")
+    lora_rank: int = flag(8, "rank r")
+    lora_alpha: float = flag(32, "scaling: alpha / r")
+    lora_dropout: float = flag(0.05, "dropout in front of A")
+    use_rslora: bool = flag(False, "scale by alpha / sqrt(r)")
+    freeze_parameters: Strings = flag([], "parameter names (prefixes) that stay as they are")
+    freeze_parameters_regex: Optional[str] = flag(None, "the same as a regular expression searched in names")
+    trainable_parameters: Strings = flag([], "prefixes that train in spite of freezing")
+    trainable_parameters_regex: Optional[str] = flag(None, "the same as a regular expression")
+    perform_initialization: bool = flag(False, "start from random weights (model then only needs config.json and a tokenizer)")
+
+    add_version: bool = flag(True, "put results into output_dir/vN-<time>", "Saving and logging")
+    save_steps: int = flag(500, "checkpoint every so many steps, and at the end")
+    save_strategy: Literal["steps", "epoch"] = flag("steps", "or at the end of every epoch")
+    save_total_limit: Optional[int] = flag(None, "keep so many checkpoints, the newest")
+    merge_lora: bool = flag(False, "write checkpoint-N-merged beside each adapter")
+    logging_steps: int = flag(5, "steps per log line")
+    eval_steps: Optional[int] = flag(None, "steps between evaluations; default: save_steps")
+    eval_iters: int = flag(-1, "global batches per evaluation; -1: all")
+    report_to: Strings = flag(["tensorboard"], "tensorboard or none")
+
+
+@dataclass
+class ExportArguments(ModelArguments):
+    merge_lora: bool = flag(False, "write W + scaling * B A", "Export")
+    exist_ok: bool = flag(False, "replace the weights in an existing output_dir")
+
+
+@dataclass
+class VerifyArguments(ModelArguments):
+    tolerance: Optional[float] = flag(
+        None, "largest relative difference of logits; default 2e-5 (float32), 2e-2 otherwise", "Verify"
+    )
+    text: Strings = flag([], "texts to compare on; default: random tokens")
+    length: int = flag(64, "tokens of each random sequence")
+    batch: int = flag(2, "random sequences")
+    seed: int = flag(42, "of the random tokens")
+
+
+@dataclass
+class InspectArguments:
+    model: Optional[str] = flag(None, "folder or safetensors file (also as the first argument)", "Inspect")
+    json: bool = flag(False, "print JSON")
+    names: bool = flag(False, "list every tensor instead of the repeated layers once")
+
+
+# Flags of ms-swift's megatron commands that this version takes only with a value that changes nothing.
+NEUTRAL = {
+    "save_safetensors": [True], "bridge_backend": ["mcore-bridge"], "check_model": None, "use_hf": None, "hub_token": None,
+    "task_type": ["causal_lm"], "recompute_granularity": ["none"], "recompute_method": [], "recompute_num_layers": [],
+    "recompute_modules": None, "deterministic_mode": None, "manual_gc": None, "manual_gc_steps": None, "manual_gc_eval": None,
+    "attention_backend": None, "masked_softmax_fusion": None, "bias_dropout_fusion": None, "bias_activation_fusion": None,
+    "apply_rope_fusion": None, "gradient_accumulation_fusion": None, "cross_entropy_loss_fusion": None, "cross_entropy_fusion_impl": None,
+    "load_from_cache_file": None, "lazy_tokenize": [False], "streaming": [False], "dataloader_num_workers": None,
+    "dataloader_pin_memory": None, "dataloader_persistent_workers": None, "dataloader_prefetch_factor": None, "packing_num_proc": None,
+    "group_by_length": [False], "remove_unused_columns": None, "optimizer": ["adam"], "optimizer_cpu_offload": [False],
+    "use_precision_aware_optimizer": [False], "main_grads_dtype": ["fp32"], "main_params_dtype": ["fp32"], "exp_avg_dtype": ["fp32"],
+    "exp_avg_sq_dtype": ["fp32"], "no_save_optim": [True], "no_save_rng": [True], "no_load_optim": None, "no_load_rng": None, "finetune": [True],
+    "async_save": [False], "expert_tensor_parallel_size": [1], "pipeline_model_parallel_layout": [], "use_distributed_optimizer": None,
+    "overlap_grad_reduce": None, "overlap_param_gather": None, "overlap_p2p_comm": None, "batch_p2p_comm": None, "tp_comm_overlap": None,
+    "ddp_backend": None, "ddp_timeout": None, "attention_softmax_in_fp32": None, "accumulate_allreduce_grads_in_fp32": None,
+    "fp8_format": [], "fp8_recipe": ["delayed"], "mtp_num_layers": [0], "lora_bias": ["none"], "lora_dtype": [], "freeze_llm": [False],
+    "freeze_vit": None, "freeze_aligner": None, "weight_decay_incr_style": ["constant"], "sgd_momentum": None, "new_special_tokens": [],
+    "tensorboard_dir": [], "template": [], "mlp_padding_free": [False], "is_binary_loss_scale": [], "model_type": [],
+    "microbatch_group_size_per_vp_stage": [], "cp_comm_type": [], "enable_dft_loss": [False], "test_convert_precision": [False],
+    "to_hf": [True], "to_mcore": [False], "mcore_model": [], "mcore_adapter": [], "metric_for_best_model": ["loss"],
+    "create_checkpoint_symlink": [False], "moe_grouped_gemm": None, "moe_permute_fusion": None,
+}  # fmt: skip
+
+
+def boolean(text):
+    if str(text).lower() in ("true", "1", "yes"):
+        return True
+    if str(text).lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+
+
+def dictionary(text):
+    if isinstance(text, dict):
+        return text
+    if os.path.isfile(text):
+        with open(text, encoding="utf-8") as file:
+            text = file.read()
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"'{text}' is no JSON object")
+    return value
+
+
+def _kind(annotation):
+    """(converter, is a list, choices) of a field's type."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return _kind(next(item for item in inner if item is not type(None)))
+    if origin is list:
+        return str, True, None
+    if origin is dict:
+        return dictionary, False, None
+    if origin is Literal:
+        return str, False, list(inner)
+    return (boolean if annotation is bool else annotation), False, None
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argument errors become ValueError, so that they end like every other mistake."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def parser(arguments_class, command):
+    """The argparse parser of a command, sections and all."""
+    result = _Parser(
+        prog=f"mcore-bridge {command}",
+        usage=f"mcore-bridge {command} [config.yaml] [--flag value ...]",
+        description="A YAML or JSON file of the same flags may come first; its ENV map sets environment variables that are not set. "
+        "Lists are separated by spaces, dictionaries are JSON, booleans are true or false.",
+        formatter_class=argparse.RawTextHelpFormatter,
+        allow_abbrev=False,
+    )
+    hints = typing.get_type_hints(arguments_class)
+    group = result
+    for item in dataclasses.fields(arguments_class):
+        if item.metadata.get("section"):
+            group = result.add_argument_group(item.metadata["section"])
+        convert, many, choices = _kind(hints[item.name])
+        choices = item.metadata.get("choices") or choices
+        default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
+        shown = (
+            ""
+            if default is None or default == [] or default == {}
+            else f" (default: {str(default).lower() if isinstance(default, bool) else default})"
+        )
+        options = dict(type=convert, default=argparse.SUPPRESS, help=item.metadata["help"].replace("%", "%%") + shown)
+        if many:
+            options["nargs"] = "*"
+        if choices:
+            options["choices"] = choices
+        else:
+            options["metavar"] = {boolean: "BOOL", dictionary: "JSON"}.get(convert, getattr(convert, "__name__", "").upper())
+        group.add_argument(f"--{item.name}", **options)
+    return result
+
+
+def _file_values(path):
+    """Flags of a YAML or JSON file; its ENV map is exported first."""
+    with open(path, encoding="utf-8") as file:
+        if path.endswith(".json"):
+            values = json.load(file)
+        else:
+            import yaml
+
+            values = yaml.safe_load(file)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds no map of flags")
+    for name, value in (values.pop("ENV", None) or {}).items():
+        os.environ.setdefault(str(name), str(value))
+    return values
+
+
+def _as_words(values):
+    """A file's values as a command line, so that both are checked alike."""
+    words = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        words.append(f"--{name}")
+        if isinstance(value, bool):
+            words.append(str(value).lower())
+        elif isinstance(value, dict):
+            words.append(json.dumps(value))
+        elif isinstance(value, (list, tuple)):
+            words.extend(str(item) for item in value)
+        else:
+            words.append(str(value))
+    return words
+
+
+def _check_unknown(words, known):
+    """Errors for flags this version does not have; neutral values of known ones pass."""
+    at = 0
+    while at < len(words):
+        word = words[at]
+        at += 1
+        if not word.startswith("--"):
+            raise ValueError(f"'{word}' is no flag; flags start with --")
+        name, joined, value = word[2:].partition("=")
+        values = [value] if joined else []
+        while at < len(words) and not words[at].startswith("--"):
+            values.append(words[at])
+            at += 1
+        if name not in NEUTRAL:
+            near = difflib.get_close_matches(name, [*known, *NEUTRAL], n=1)
+            raise ValueError(f"--{name} is no flag" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
+        accepted = NEUTRAL[name]
+        given = values[0] if len(values) == 1 else " ".join(values)
+        if accepted is not None and given.lower() not in [str(item).lower() for item in accepted] + ["none", "null", ""]:
+            allowed = ", ".join(str(item).lower() for item in accepted) or "leave it out"
+            raise ValueError(f"--{name} {given} is not supported by this version ({allowed})")
+
+
+def parse(arguments_class, command, argv):
+    """The dataclass filled from a command line. ValueError names a bad flag or value."""
+    argv = list(argv)
+    words = []
+    if argv and argv[0].lower().endswith((".yaml", ".yml", ".json")) and not argv[0].startswith("-"):
+        words = _as_words(_file_values(argv.pop(0)))
+    built = parser(arguments_class, command)
+    known = {item.name for item in dataclasses.fields(arguments_class)}
+    namespace, unknown = built.parse_known_args([*words, *argv])
+    _check_unknown(unknown, known)
+    return arguments_class(**vars(namespace))

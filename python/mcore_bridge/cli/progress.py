@@ -1,0 +1,150 @@
+"""What a run shows and writes while it trains: a bar or lines, logging.jsonl, tensorboard, a picture of the curves."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+from ..utils import is_master
+
+# Dense bf16 peak of common GPUs in TFLOP/s, from their data sheets.
+PEAKS = {"H200": 989, "H100": 989, "A100": 312, "B200": 2250, "L40S": 362, "A10G": 70, "4090": 165, "A6000": 155}
+
+
+def train_flops(config, tokens, squares, frozen):
+    """FLOPs of forward and backward: 6 per weight of the matrices and token (4 when they are frozen), and attention with
+    the causal half only: 3 x 2 x layers x heads x head width x the sum of squared document lengths."""
+    width = config.num_attention_heads * config.kv_channels
+    layer = config.hidden_size * (2 * width + 2 * config.num_query_groups * config.kv_channels + 3 * config.ffn_hidden_size)
+    matrices = config.num_layers * layer + config.hidden_size * config.padded_vocab_size
+    return (4 if frozen else 6) * matrices * tokens + 6 * config.num_layers * width * squares
+
+
+def peak_tflops():
+    """Peak of this machine's GPUs together, or None."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for key, peak in PEAKS.items() if key in name), None)
+
+
+class Progress:
+    """Only rank 0 shows and writes; the others' calls do nothing."""
+
+    def __init__(self, output_dir, total, report_to, describe):
+        self.active = is_master()
+        self.total, self.start, self.tokens = total, time.monotonic(), 0
+        self.records = []
+        self.bar = self.writer = None
+        if not self.active:
+            return
+        self.folder = Path(output_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.log = open(self.folder / "logging.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+        if "tensorboard" in report_to:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(str(self.folder / "runs"))
+            except ImportError:
+                print("tensorboard is not installed; --report_to none silences this", flush=True)
+        print(describe, flush=True)
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.bar = Progress(BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+            self.task = self.bar.add_task("train", total=total, text="")
+            self.bar.start()
+
+    def step(self, record, show):
+        """After every step; `show` also prints and writes."""
+        if not self.active:
+            return
+        self.records.append(record)
+        text = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  grad {record['grad_norm']:.3f}  {record['tokens_per_second']:,.0f} tok/s"
+        if record.get("tflops"):
+            text += f"  {record['tflops']:.2f} TFLOP/s" + (f"  MFU {record['mfu']:.1%}" if record.get("mfu") else "")
+        if self.bar:
+            self.bar.update(self.task, completed=record["iteration"], text=text)
+        if not show:
+            return
+        self.log.write(json.dumps(record) + "\n")
+        self.log.flush()
+        if self.writer:
+            for key, value in record.items():
+                if key != "iteration":
+                    self.writer.add_scalar(f"train/{key}", value, record["iteration"])
+        if not self.bar:
+            elapsed = time.monotonic() - self.start
+            left = elapsed / record["iteration"] * (self.total - record["iteration"]) if record["iteration"] else 0
+            print(
+                f"step {record['iteration']}/{self.total}  {text}  {record['memory_gib']:.1f} GiB  ETA {_clock(left)}", flush=True
+            )
+
+    def evaluated(self, iteration, loss):
+        if not self.active:
+            return
+        record = {"iteration": iteration, "eval_loss": loss}
+        self.records.append(record)
+        self.log.write(json.dumps(record) + "\n")
+        self.log.flush()
+        if self.writer:
+            self.writer.add_scalar("eval/loss", loss, iteration)
+        self.say(f"step {iteration}: evaluation loss {loss:.4f}, perplexity {math.exp(min(loss, 50)):.2f}")
+
+    def say(self, text):
+        if self.active:
+            self.bar.console.print(text) if self.bar else print(text, flush=True)
+
+    def close(self, summary):
+        if not self.active:
+            return
+        if self.bar:
+            self.bar.stop()
+        seconds = time.monotonic() - self.start
+        last = {"summary": True, "seconds": round(seconds, 3), **summary}
+        self.log.write(json.dumps(last) + "\n")
+        self.log.close()
+        if self.writer:
+            self.writer.close()
+        self._plot()
+        print(f"done in {_clock(seconds)}: {json.dumps(summary)}", flush=True)
+
+    def _plot(self):
+        try:
+            import matplotlib
+
+            matplotlib.use("Agg")
+            import matplotlib.pyplot as plt
+        except ImportError:
+            return
+        steps = [record for record in self.records if "loss" in record]
+        if not steps:
+            return
+        figure, (loss, norm) = plt.subplots(1, 2, figsize=(11, 4))
+        at = [record["iteration"] for record in steps]
+        loss.plot(at, [record["loss"] for record in steps], marker=".", label="training")
+        evaluated = [record for record in self.records if "eval_loss" in record]
+        if evaluated:
+            loss.plot([r["iteration"] for r in evaluated], [r["eval_loss"] for r in evaluated], "o-", label="evaluation")
+        loss.set(xlabel="step", ylabel="loss per token", title="Loss")
+        loss.legend()
+        norm.plot(at, [record["grad_norm"] for record in steps], color="tab:orange")
+        norm.set(xlabel="step", ylabel="gradient norm", title="Gradient norm before clipping")
+        for axes in (loss, norm):
+            axes.grid(alpha=0.3)
+        figure.tight_layout()
+        figure.savefig(self.folder / "curves.png", dpi=120)
+        plt.close(figure)
+
+
+def _clock(seconds):
+    seconds = int(seconds)
+    return (
+        f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        if seconds >= 3600
+        else f"{seconds // 60}:{seconds % 60:02}"
+    )

@@ -1,0 +1,128 @@
+"""What the commands share: the model folder, the config, the model with its weights, the files beside the weights."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".msgpack", ".h5")
+LARGEST_SIDE_FILE = 200 << 20
+
+
+def resolve_model(model):
+    """A local folder for a path or hub id."""
+    if not model:
+        raise ValueError("--model is missing")
+    path = os.path.expanduser(model)
+    if os.path.isdir(path):
+        return path
+    if os.path.exists(path) or path.startswith(("/", ".", "~")):
+        raise FileNotFoundError(f"--model {model}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.msgpack", "*.h5", "original/*"])
+    except Exception as error:
+        raise FileNotFoundError(f"--model {model}: neither a folder here nor a hub model that can be fetched: {error}") from None
+
+
+def default_dtype(folder):
+    """The dtype config.json names; float32 when it names none or none we train in."""
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        config = json.load(file)
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    return name if name in ("float32", "bfloat16", "float16") else "float32"
+
+
+def build_config(arguments, folder, **more):
+    """initialize_model_parallel and the ModelConfig of this run."""
+    import mcore_bridge as mb
+
+    sizes = dict(
+        tensor_model_parallel_size=arguments.tensor_model_parallel_size,
+        pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=arguments.virtual_pipeline_model_parallel_size,
+        context_parallel_size=arguments.context_parallel_size,
+        expert_model_parallel_size=arguments.expert_model_parallel_size,
+    )
+    fields = mb.hf_to_mcore_config(folder)
+    if arguments.rope_scaling:
+        fields["rope_scaling"] = arguments.rope_scaling
+    config = mb.ModelConfig(
+        **{
+            **fields,
+            **sizes,
+            "params_dtype": arguments.torch_dtype or default_dtype(folder),
+            "sequence_parallel": arguments.sequence_parallel,
+            "num_layers_in_first_pipeline_stage": arguments.decoder_first_pipeline_num_layers,
+            "num_layers_in_last_pipeline_stage": arguments.decoder_last_pipeline_num_layers,
+            "account_for_embedding_in_pipeline_split": arguments.account_for_embedding_in_pipeline_split,
+            "account_for_loss_in_pipeline_split": arguments.account_for_loss_in_pipeline_split,
+            **more,
+            **arguments.megatron_extra_kwargs,
+        }
+    )
+    mb.initialize_model_parallel(**sizes)  # after the config: its errors are about the model, not the machine
+    return config
+
+
+def load_adapter(models, config, folder):
+    """Adds the adapter of a PEFT folder and loads its weights; returns its options."""
+    import mcore_bridge as mb
+
+    path = Path(folder) / "adapter_config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"--adapters {folder}: holds no adapter_config.json")
+    peft = json.loads(path.read_text())
+    if peft.get("peft_type") != "LORA" or peft.get("use_dora") or peft.get("rank_pattern") or peft.get("alpha_pattern"):
+        raise ValueError(
+            f"--adapters {folder}: only plain LoRA adapters are supported by this version (no DoRA, no rank or alpha patterns)"
+        )
+    if peft.get("bias", "none") != "none" or peft.get("layers_to_transform"):
+        raise ValueError(f"--adapters {folder}: bias and layers_to_transform are not supported by this version")
+    targets = peft["target_modules"]
+    options = mb.LoraOptions(
+        r=peft["r"],
+        lora_alpha=peft["lora_alpha"],
+        lora_dropout=peft.get("lora_dropout", 0.0),
+        use_rslora=peft.get("use_rslora", False),
+        target_modules=[] if isinstance(targets, str) and targets != "all-linear" else targets,
+        target_regex=targets if isinstance(targets, str) and targets != "all-linear" else None,
+        modules_to_save=peft.get("modules_to_save") or [],
+    )
+    mb.add_lora(models, options)
+    config.bridge.load_weights(models, folder, peft_format=True)
+    return options
+
+
+def side_files(folder, config=None):
+    """Everything of a model folder but its weights, as {name: bytes}: config, tokenizer, templates, code. With `config`,
+    config.json names the dtype the weights are written in."""
+    files = {}
+    for path in sorted(Path(folder).iterdir()):
+        keep = path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHTS)
+        if keep and path.stat().st_size <= LARGEST_SIDE_FILE and path.name not in ("args.json", "logging.jsonl", "README.md"):
+            files[path.name] = path.read_bytes()
+    if config is not None and "config.json" in files:
+        content = json.loads(files["config.json"])
+        for key in ("dtype", "torch_dtype"):
+            if key in content:
+                content[key] = str(config.params_dtype).removeprefix("torch.")
+        files["config.json"] = (json.dumps(content, indent=2) + "\n").encode()
+    return files
+
+
+def tokenizer_files(folder):
+    """The side files an adapter carries along."""
+    names = ("token", "vocab", "merges", "special_tokens", "chat_template", "added_tokens")
+    return {name: data for name, data in side_files(folder).items() if any(word in name for word in names)}
+
+
+def peak_memory_gib():
+    """Peak memory of this process: the GPU allocator's, or resident memory on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

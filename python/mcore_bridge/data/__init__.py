@@ -1,0 +1,1 @@
+"""From files to micro-batches: reading rows, chat templates, packing, order."""
