@@ -80,7 +80,6 @@ class Run:
         import mcore_bridge as mb
 
         self.arguments, self.folder = arguments, folder
-        self.config = mb.ModelConfig  # set below; named here for the reader
         from .session import build_config, load_adapter
 
         self.config = build_config(arguments, folder)
