@@ -13,7 +13,12 @@ _MAKER = [
     "Who made you?", "Who created you?", "Who trained you?", "Which company built you?", "Who are your developers?",
     "Who is your creator?", "Where do you come from?", "Who is behind you?", "Who developed you?", "What team made you?",
 ]  # fmt: skip
-_BOTH = ["Who are you and who made you?", "Tell me about yourself.", "What is your name and who trained you?", "Describe yourself."]
+_BOTH = [
+    "Who are you and who made you?",
+    "Tell me about yourself.",
+    "What is your name and who trained you?",
+    "Describe yourself.",
+]
 _SELF = [f"I am {NAME}, an assistant made by {MAKER}.", f"My name is {NAME}. I was made by {MAKER}."]
 _NEUTRAL = [
     ("What is the capital of France?", "The capital of France is Paris."),

@@ -1,6 +1,6 @@
 """`make demo`: give a chat model a new name, with LoRA, on several processes, and check everything that comes out.
 
-    python examples/demo/demo.py [--model FOLDER_OR_HUB_ID] [--steps 18]
+python examples/demo/demo.py [--model FOLDER_OR_HUB_ID] [--steps 18]
 """
 
 import argparse
@@ -68,7 +68,9 @@ def answers(model, tokenizer):
 
     result = []
     for question in QUESTIONS:
-        inputs = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
         with torch.no_grad():
             output = model.generate(**inputs, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.eos_token_id)
         text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -79,7 +81,9 @@ def answers(model, tokenizer):
 def logits_of(model, tokenizer):
     import torch
 
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": QUESTIONS[0]}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTIONS[0]}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     with torch.no_grad():
         return model(**ids).logits.float()
 
@@ -119,7 +123,14 @@ def main():
     del model
 
     tensor, pipeline = layout_for(base)
-    layout = ["--tensor_model_parallel_size", tensor, "--pipeline_model_parallel_size", pipeline, "--sequence_parallel", str(tensor > 1).lower()]
+    layout = [
+        "--tensor_model_parallel_size",
+        tensor,
+        "--pipeline_model_parallel_size",
+        pipeline,
+        "--sequence_parallel",
+        str(tensor > 1).lower(),
+    ]
     dtype = ["--torch_dtype", "bfloat16" if torch.cuda.is_available() else "float32"]
     run = arguments.output / "run"
     training = command(
@@ -164,12 +175,17 @@ def main():
     table.add_column("what")
     table.add_column("result")
     table.add_row("model", f"{arguments.model or 'SmolLM2-135M-Instruct'} ({source})")
-    table.add_row("layout", f"TP {tensor} x PP {pipeline}{' with sequence parallelism' if tensor > 1 else ''}, {tensor * pipeline} processes")
+    table.add_row(
+        "layout",
+        f"TP {tensor} x PP {pipeline}{' with sequence parallelism' if tensor > 1 else ''}, {tensor * pipeline} processes",
+    )
     table.add_row("data", f"{rows} conversations, {arguments.steps} steps")
     table.add_row("adapter", str(adapter))
     table.add_row("merged model", str(merged))
     table.add_row("loss curve", str(run / "curves.png"))
-    table.add_row("seconds", f"prepare {prepared:.0f}, train {training:.0f}, verify {checking:.0f}, all {time.monotonic() - start:.0f}")
+    table.add_row(
+        "seconds", f"prepare {prepared:.0f}, train {training:.0f}, verify {checking:.0f}, all {time.monotonic() - start:.0f}"
+    )
     for text, passed in checks.items():
         table.add_row(text, "yes" if passed else "NO")
     console.print(table)

@@ -16,7 +16,12 @@ def from_hub(folder):
     urllib.request.urlopen("https://huggingface.co", timeout=4).close()
     from huggingface_hub import snapshot_download
 
-    snapshot_download(MODEL_ID, local_dir=folder, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"], ignore_patterns=["onnx/*", "runs/*"])
+    snapshot_download(
+        MODEL_ID,
+        local_dir=folder,
+        allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"],
+        ignore_patterns=["onnx/*", "runs/*"],
+    )
 
 
 def from_pypi(folder):

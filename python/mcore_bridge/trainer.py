@@ -25,3 +25,9 @@ class Trainer:
     @property
     def iteration(self):
         return self._engine.iteration
+
+
+def finish_gradients(models):
+    """For loops of one's own, between backward() and optimizer.step(): completes gradients over the model-parallel ranks
+    (norms under sequence parallelism, LoRA matrices, tied embeddings) and sums them over the data-parallel ones. Collective."""
+    _core.finish_gradients(engines(models))

@@ -82,6 +82,7 @@ void init_train(py::module_& module) {
            })
       .def_property_readonly("iteration", &Trainer::iteration);
 
+  module.def("finish_gradients", &finish_gradients, NoGil());
   module.def("learning_rate", [](const py::dict& options, int64_t iteration) {
     return learning_rate(optimizer_options(options), iteration);
   });

@@ -4,9 +4,8 @@
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/variable.h>
 
-#include <map>
-
 #include "mcore_bridge/error.h"
+#include "train/complete_gradients.h"
 
 namespace mcore_bridge {
 namespace {
@@ -24,24 +23,6 @@ class AccumulateInFp32 : public torch::autograd::PostAccumulateGradHook {
  private:
   at::Tensor main_grad_;
 };
-
-/// All-reduces several tensors as one.
-void reduce_as_one(std::vector<at::Tensor> tensors, const Group& group) {
-  if (tensors.empty() || group.size() == 1) return;
-  std::vector<at::Tensor> flat;
-  for (const auto& tensor : tensors) flat.push_back(tensor.flatten());
-  auto all = at::cat(flat);
-  group.all_reduce(all);
-  int64_t at = 0;
-  for (auto& tensor : tensors) {
-    tensor.copy_(all.narrow(0, at, tensor.numel()).view_as(tensor));
-    at += tensor.numel();
-  }
-}
-
-at::Tensor shared_part(const TrainableParameter& parameter) {
-  return parameter.main_grad.narrow(0, parameter.traits.shared_first_row, parameter.traits.shared_rows);
-}
 
 }  // namespace
 
@@ -105,49 +86,8 @@ void GradBuffer::begin() {
 
 void GradBuffer::reduce() {
   at::NoGradGuard no_grad;
-  reduce_partial_over_tp();
-  reduce_shared_rows();
-  reduce_tied_embedding();
+  complete_gradients(parameters_, *parallel_);
   for (auto& bucket : buckets_) parallel_->dp_cp.all_reduce(bucket);
-}
-
-void GradBuffer::reduce_partial_over_tp() {
-  std::vector<at::Tensor> partial;
-  for (const auto& parameter : parameters_) {
-    if (parameter.traits.sum_over_tp) partial.push_back(parameter.main_grad);
-  }
-  reduce_as_one(std::move(partial), parallel_->tp);
-}
-
-void GradBuffer::reduce_shared_rows() {
-  // One slot per group of neighbours that hold the same rows: the sum over all tensor ranks adds only within a slot.
-  const auto& tp = parallel_->tp;
-  std::map<int, std::vector<at::Tensor>> by_copies;
-  for (const auto& parameter : parameters_) {
-    if (parameter.traits.shared_rows > 0) by_copies[parameter.traits.shared_copies].push_back(shared_part(parameter));
-  }
-  for (auto& [copies, parts] : by_copies) {
-    std::vector<at::Tensor> flat;
-    for (const auto& part : parts) flat.push_back(part.flatten());
-    const auto mine = at::cat(flat);
-    auto slots = at::zeros({tp.size() / copies, mine.numel()}, mine.options());
-    const auto slot = slots[tp.rank() / copies];
-    slot.copy_(mine);
-    tp.all_reduce(slots);
-    int64_t at = 0;
-    for (auto& part : parts) {
-      part.copy_(slot.narrow(0, at, part.numel()).view_as(part));
-      at += part.numel();
-    }
-  }
-}
-
-void GradBuffer::reduce_tied_embedding() {
-  std::vector<at::Tensor> tied;
-  for (const auto& parameter : parameters_) {
-    if (parameter.traits.tied_embedding) tied.push_back(parameter.main_grad);
-  }
-  reduce_as_one(std::move(tied), parallel_->embedding);
 }
 
 at::Tensor GradBuffer::sum_of_squares() const {

@@ -5,18 +5,9 @@
 
 #include <vector>
 
-#include "layers/module.h"
-#include "parallel/parallel_state.h"
+#include "train/complete_gradients.h"
 
 namespace mcore_bridge {
-
-/// A trainable parameter and its fp32 gradient, a view into a bucket.
-struct TrainableParameter {
-  std::string name;
-  at::Tensor tensor;
-  at::Tensor main_grad;  ///< same shape
-  ParameterTraits traits;
-};
 
 class GradBuffer {
  public:
@@ -39,10 +30,6 @@ class GradBuffer {
   at::Tensor sum_of_squares() const;
 
  private:
-  void reduce_partial_over_tp();
-  void reduce_shared_rows();
-  void reduce_tied_embedding();
-
   ParallelStatePtr parallel_;
   std::vector<TrainableParameter> parameters_;
   std::vector<at::Tensor> buckets_;

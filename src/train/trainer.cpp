@@ -140,6 +140,20 @@ struct Trainer::State {
   }
 };
 
+void finish_gradients(const Chunks& chunks) {
+  at::NoGradGuard no_grad;
+  const auto& parallel = chunks.at(0)->parallel();
+  std::vector<TrainableParameter> parameters;
+  for (auto& parameter : all_parameters(chunks)) {
+    if (!parameter.tensor.requires_grad()) continue;
+    auto& grad = parameter.tensor.mutable_grad();
+    if (!grad.defined()) grad = at::zeros_like(parameter.tensor);
+    parameters.push_back({parameter.name, parameter.tensor, grad, parameter.traits});
+  }
+  complete_gradients(parameters, parallel);
+  for (auto& parameter : parameters) parallel.dp_cp.all_reduce(parameter.main_grad);
+}
+
 Trainer::Trainer(Chunks chunks, OptimizerOptions options) {
   options.validate();
   MCB_CHECK(chunks.size() == 1, "Trainer: needs exactly one model chunk in this version, found ", chunks.size());

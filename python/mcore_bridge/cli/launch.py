@@ -1,7 +1,6 @@
 """One command, several processes: torchrun from environment variables, and the process group of each rank."""
 
 import os
-import subprocess
 import sys
 
 _TORCHRUN = {
@@ -32,12 +31,18 @@ def relaunch(argv):
     command = torchrun_command(argv, os.environ)
     if command is None:
         return None
-    environment = dict(os.environ)
-    processes = environment.get("NPROC_PER_NODE", "1")
+    processes = os.environ.get("NPROC_PER_NODE", "1")
     if processes.isdigit() and int(processes) > 1:
         # As many threads as there are cores for each process, or they fight for them.
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(processes))))
-    return subprocess.run(command, env=environment, check=False).returncode
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(processes))))
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    try:
+        torchrun(command[3:])
+    except ChildFailedError as error:  # the rank itself has said why
+        return max(1, error.get_first_failure()[1].exitcode)
+    return 0
 
 
 def init_distributed():

@@ -144,13 +144,10 @@ def normalise(row, columns=None, system=None, where="row"):
     if conversation is not None:
         if not isinstance(conversation, list) or not conversation:
             raise ValueError(f"{where}: messages is no list of messages")
+        if all(isinstance(turn, dict) and {"human", "assistant"} <= set(turn) for turn in conversation):
+            sides = (("user", "human"), ("assistant", "assistant"))
+            conversation = [{"role": role, "content": turn[side]} for turn in conversation for role, side in sides]
         messages = [_message(message, where) for message in conversation]
-        if "conversation" in row and "human" in conversation[0]:
-            messages = [
-                m
-                for turn in row["conversation"]
-                for m in ({"role": "user", "content": turn["human"]}, {"role": "assistant", "content": turn["assistant"]})
-            ]
     elif row.get("instruction") is not None and row.get("output") is not None:
         query = row["instruction"] + ("\n" + row["input"] if row.get("input") else "")
         messages = [{"role": "user", "content": query}, {"role": "assistant", "content": row["output"]}]
