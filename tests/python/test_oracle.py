@@ -1,12 +1,23 @@
-"""Logits and every gradient against Transformers, in float32, for every family and rope kind."""
+"""Logits and every gradient against Transformers, in float32, for every family and rope kind.
+
+MCB_TEST_DEVICE=cuda runs both sides on a GPU."""
 
 import mcore_bridge as mb
+import os
+
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
 
 LOGITS, GRADIENTS = 2e-5, 1e-4
+DEVICE = os.environ.get("MCB_TEST_DEVICE", "cpu")
+
+
+def hf_logits(model, ids, **arguments):
+    """Transformers' logits, on the CPU whatever the device."""
+    arguments = {name: value.to(DEVICE) for name, value in arguments.items()}
+    return model(ids.to(DEVICE), **arguments).logits.cpu()
 
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)
@@ -14,15 +25,15 @@ def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     hf_model = tiny.save(request.param, folder)
     config = mb.ModelConfig(**mb.hf_to_mcore_config(str(folder)))
-    (model,) = mb.get_mcore_model(config)
+    (model,) = mb.get_mcore_model(config, device=DEVICE)
     report = config.bridge.load_weights([model], folder)
     assert report["bytes_read"] == report["bytes_needed"] > 0
-    return hf_model, model
+    return hf_model.to(DEVICE), model
 
 
 def as_hf(model, values):
     """{Hugging Face name: tensor} of one value per engine parameter: exported through a second model that holds the values."""
-    (other,) = mb.get_mcore_model(model.config)
+    (other,) = mb.get_mcore_model(model.config, device=DEVICE)
     with torch.no_grad():
         for (name, target), (other_name, value) in zip(other.named_parameters(), values, strict=True):
             assert name == other_name
@@ -37,7 +48,7 @@ def check_gradients(hf_model, model):
     expected = {name: p.grad for name, p in hf_model.named_parameters()}
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert tiny.relative(actual[name], gradient) < GRADIENTS, name
+        assert tiny.relative(actual[name].cpu(), gradient.cpu()) < GRADIENTS, name
     for module in (hf_model, model):
         module.zero_grad(set_to_none=True)
 
@@ -58,10 +69,10 @@ def hf_loss(logits, labels):
 def test_batch(pair):
     hf_model, model = pair
     ids, labels = tiny.rows(3, 24)
-    expected = hf_model(ids).logits
-    assert tiny.relative(model(ids, None), expected) < LOGITS
+    expected = hf_logits(hf_model, ids)
+    assert tiny.relative(model(ids, None).cpu(), expected) < LOGITS
     positions = torch.arange(24).repeat(3, 1)
-    losses = model(ids, positions, labels=labels)
+    losses = model(ids, positions, labels=labels).cpu()
     assert losses.shape == labels.shape and (losses[labels == -100] == 0).all()
     expected_loss = hf_loss(expected, labels)
     assert abs(losses.sum().item() - expected_loss.item()) < 1e-4 * abs(expected_loss.item())
@@ -82,8 +93,8 @@ def test_padded(pair, side):
         mask = mask.flip(1)
     labels = labels.masked_fill(mask == 0, -100)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    expected = hf_model(ids, attention_mask=mask, position_ids=positions).logits
-    actual = model(ids, positions, mask)
+    expected = hf_logits(hf_model, ids, attention_mask=mask, position_ids=positions)
+    actual = model(ids, positions, mask).cpu()
     assert tiny.relative(actual[mask == 1], expected[mask == 1]) < LOGITS
     hf_loss(expected, labels).backward()
     model(ids, positions, mask, labels=labels).sum().backward()
@@ -97,18 +108,18 @@ def test_packed(pair):
     ids, labels = tiny.rows(1, sum(lengths), seed=2)
     ends = torch.tensor([0, *lengths]).cumsum(0)
     documents = [slice(start, end) for start, end in zip(ends[:-1].tolist(), ends[1:].tolist())]
-    expected = torch.cat([hf_model(ids[:, part]).logits for part in documents], 1)
+    expected = torch.cat([hf_logits(hf_model, ids[:, part]) for part in documents], 1)
     packed = mb.PackedSeqParams(cu_seqlens=ends.int())
-    actual = model(ids, None, packed_seq_params=packed)
+    actual = model(ids, None, packed_seq_params=packed).cpu()
     tolerance = LOGITS
     if "dynamic" in str(model.config.rope_scaling):
         # Dynamic NTK looks at the longest sequence of a batch; alone, each document is shorter.
-        longest = hf_model(ids[:, documents[2]]).logits
+        longest = hf_logits(hf_model, ids[:, documents[2]])
         assert tiny.relative(actual[:, documents[2]], longest) < tolerance
         return
     assert tiny.relative(actual, expected) < tolerance
     explicit = torch.cat([torch.arange(length) for length in lengths])[None]
-    assert torch.equal(actual, model(ids, explicit, packed_seq_params=packed))
+    assert torch.equal(actual, model(ids, explicit, packed_seq_params=packed).cpu())
     hf_loss(expected, labels).backward()
     model(ids, None, labels=labels, packed_seq_params=packed).sum().backward()
     check_gradients(hf_model, model)
@@ -125,16 +136,16 @@ def test_round_trip(pair, tmp_path):
     expected = hf_model.state_dict()
     assert again.state_dict().keys() == expected.keys()
     for name, tensor in again.state_dict().items():
-        assert torch.equal(tensor, expected[name]), name
+        assert torch.equal(tensor, expected[name].cpu()), name
 
 
 def test_bfloat16(pair, tmp_path):
     hf_model, _ = pair
     hf_model.save_pretrained(tmp_path)
     config = mb.ModelConfig(**mb.hf_to_mcore_config(str(tmp_path)), params_dtype=torch.bfloat16)
-    (model,) = mb.get_mcore_model(config)
+    (model,) = mb.get_mcore_model(config, device=DEVICE)
     config.bridge.load_weights([model], tmp_path)
     ids, _ = tiny.rows(2, 24, seed=3)
     with torch.no_grad():
-        expected = hf_model(ids).logits
-        assert tiny.relative(model(ids, None).float(), expected) < 2e-2
+        expected = hf_logits(hf_model, ids)
+        assert tiny.relative(model(ids, None).float().cpu(), expected) < 2e-2

@@ -10,8 +10,8 @@ IGNORE = -100
 class Template:
     """Turns a normalised row into {"input_ids", "labels"}, labels aligned with input_ids (not yet shifted), -100: no loss.
 
-    Conversations go through the tokenizer's chat template. Which tokens are the assistant's is read from the template's
-    {% generation %} marks when it has them, else from what each turn adds to the rendered text.
+    Conversations go through the tokenizer's chat template. A token is the assistant's when it lies in what an assistant turn
+    adds to the rendered text and, if the template has {% generation %} marks, inside them too.
     """
 
     def __init__(self, tokenizer, use_chat_template=True, loss_scale="default"):
@@ -57,20 +57,17 @@ class Template:
         tokens = encoded["input_ids"]
         if self.loss_scale == "all":
             return {"input_ids": tokens, "labels": list(tokens)}
-        if (
-            self._marks
-            and self.loss_scale == "default"
-            and all(flag or m["role"] != "assistant" for flag, m in zip(wanted, messages))
-        ):
-            marked = self.tokenizer.apply_chat_template(
+        marked = [True] * len(tokens)
+        if self._marks:
+            again = self.tokenizer.apply_chat_template(
                 messages, return_assistant_tokens_mask=True, return_dict=True, **arguments
             )
-            tokens, mask = marked["input_ids"], marked["assistant_masks"]
-            return {"input_ids": tokens, "labels": [t if m else IGNORE for t, m in zip(tokens, mask)]}
+            if again["input_ids"] == tokens:
+                marked = again["assistant_masks"]
         labels = [IGNORE] * len(tokens)
         for start, end in self._spans(messages, wanted, text, arguments):
             for index, (left, right) in enumerate(encoded["offset_mapping"]):
-                if left >= start and right <= end and right > left:
+                if left >= start and right <= end and right > left and marked[index]:
                     labels[index] = tokens[index]
         return {"input_ids": tokens, "labels": labels}
 
