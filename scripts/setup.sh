@@ -27,12 +27,19 @@ if [ ${#need[@]} -gt 0 ]; then
   fi
 fi
 
-# A torch that is already there (often a CUDA build) is used as it is.
-options=()
-if "$PYTHON" -c 'import torch; v = tuple(map(int, torch.__version__.split(".")[:2])); raise SystemExit(v < (2, 9))' 2> /dev/null; then
-  options=(--system-site-packages)
+# A torch that is already there (often a CUDA build) is used as it is: the new environment also looks where it lies. (A venv made
+# from another one with --system-site-packages would look past it.)
+[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+if there=$("$PYTHON" - 2> /dev/null <<'PY'
+import pathlib
+import torch
+
+assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
+print(pathlib.Path(torch.__file__).parents[1])
+PY
+); then
+  echo "$there" > "$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/torch_of_the_active_environment.pth"
 fi
-[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "${options[@]}" "$VENV"
 pip=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
 "$VENV/bin/python" -c 'import torch' 2> /dev/null || "${pip[@]}" "torch==$TORCH"
 "${pip[@]}" -r requirements.txt

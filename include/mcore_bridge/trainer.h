@@ -38,8 +38,9 @@ struct StepResult {
   int64_t loss_tokens = 0;  ///< tokens that carry loss
 };
 
-/// For training loops of one's own, after backward: completes `.grad` of every trainable parameter over the model-parallel
-/// ranks and sums it over the data-parallel ones. Collective. Parameters without a gradient count as zero.
+/// For training loops of one's own, after backward: completes `.grad` of every trainable parameter over the
+/// model-parallel ranks and sums it over the data-parallel ones. Collective. Parameters without a gradient count as
+/// zero.
 void finish_gradients(const Chunks& chunks);
 
 class Trainer {

@@ -5,7 +5,7 @@ import os
 import re
 
 from .engine import _core
-from .models import engines
+from .model import engines
 from .utils import get_logger, is_master
 
 _UNITS = {

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import List, Optional
 
 from .engine import _core
-from .models import EngineModule, engines, unwrap_model
+from .model import EngineModule, engines, unwrap_model
 
 
 class LoraParallelLinear(EngineModule):

@@ -1,7 +1,7 @@
 """Training: one engine call per global batch."""
 
 from .engine import _core
-from .models import engines
+from .model import engines
 
 
 class Trainer:

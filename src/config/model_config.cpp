@@ -42,10 +42,9 @@ std::vector<std::string> field_names() {
 Json config_fields() {
   const ModelConfig defaults;
   Json result = Json::array();
-#define MCB_FIELD(type, name, default_value, doc)                                                  \
-  result.push_back({                                                                               \
-    { "name", #name }                                                                              \
-    , {"type", field_type(defaults.name)}, {"default", write_field(defaults.name)}, { "doc", doc } \
+#define MCB_FIELD(type, name, default_value, doc)                                                                 \
+  result.push_back({                                                                                              \
+    {"name", #name}, {"type", field_type(defaults.name)}, {"default", write_field(defaults.name)}, { "doc", doc } \
   });
 #include "mcore_bridge/model_config.def"
 #undef MCB_FIELD

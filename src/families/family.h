@@ -29,6 +29,8 @@ const FamilySpec* find_family(const std::string& model_type);
 /// Layer rules most families share; names relative as in FamilySpec::layer_weights.
 std::vector<WeightRule> gqa_attention_rules(const ModelConfig& config);
 std::vector<WeightRule> gated_mlp_rules(const ModelConfig& config);
+/// Both, as a FamilySpec::layer_weights.
+std::vector<WeightRule> dense_decoder_layer(const ModelConfig& config, int64_t layer);
 
 /// What a chunk holds.
 struct ChunkPlace {

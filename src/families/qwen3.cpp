@@ -9,19 +9,13 @@ void configure(Json& values, const Json& hf) {
   if (hf.value("use_sliding_window", false)) configure_sliding_window(values, hf);
 }
 
-std::vector<WeightRule> layer_weights(const ModelConfig& config, int64_t) {
-  auto rules = gqa_attention_rules(config);
-  for (auto& rule : gated_mlp_rules(config)) rules.push_back(std::move(rule));
-  return rules;
-}
-
 }  // namespace
 
 FamilySpec qwen3_family() {
   return {.name = "qwen3",
           .model_types = {"qwen3"},
           .configure = configure,
-          .layer_weights = layer_weights,
+          .layer_weights = dense_decoder_layer,
           .documentation = "Qwen3 dense models"};
 }
 

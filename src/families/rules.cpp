@@ -81,6 +81,12 @@ std::vector<WeightRule> gated_mlp_rules(const ModelConfig& config) {
   return rules;
 }
 
+std::vector<WeightRule> dense_decoder_layer(const ModelConfig& config, int64_t) {
+  auto rules = gqa_attention_rules(config);
+  for (auto& rule : gated_mlp_rules(config)) rules.push_back(std::move(rule));
+  return rules;
+}
+
 std::vector<WeightRule> chunk_weights(const ModelConfig& config, const ChunkPlace& place) {
   const auto& family = family_of(config);
   auto vocabulary = [&](const char* name, const std::string& hf) {

@@ -156,6 +156,8 @@ void finish_gradients(const Chunks& chunks) {
 
 Trainer::Trainer(Chunks chunks, OptimizerOptions options) {
   options.validate();
+  MCB_CHECK(chunks.empty() || chunks[0]->config().params_dtype != at::kHalf,
+            "Trainer: float16 needs loss scaling, which this version does not have; use bfloat16");
   MCB_CHECK(chunks.size() == 1, "Trainer: needs exactly one model chunk in this version, found ", chunks.size());
   state_ = std::make_unique<State>(std::move(chunks), std::move(options));
 }

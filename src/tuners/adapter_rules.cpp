@@ -1,6 +1,7 @@
 #include "tuners/adapter_rules.h"
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <set>
 
@@ -113,11 +114,12 @@ Json peft_config(const ModelConfig& config, const LoraOptions& options, const st
     }
   }
   if (!config.untie_embeddings_and_output_weights && saved.contains("embed_tokens")) saved.insert("lm_head");
+  const bool integral = options.lora_alpha == std::floor(options.lora_alpha);
   return {{"peft_type", "LORA"},
           {"task_type", "CAUSAL_LM"},
           {"base_model_name_or_path", base_model},
           {"r", options.r},
-          {"lora_alpha", options.lora_alpha},
+          {"lora_alpha", integral ? Json(static_cast<int64_t>(options.lora_alpha)) : Json(options.lora_alpha)},
           {"lora_dropout", options.lora_dropout},
           {"use_rslora", options.use_rslora},
           {"target_modules", whole ? leaves : adapted},

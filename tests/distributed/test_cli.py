@@ -181,6 +181,40 @@ def test_full_training_is_the_same_on_every_layout(work):
     assert losses["one"] == pytest.approx(losses["pp2"], abs=1e-5)
 
 
+def test_evaluation_covers_every_sample_once(work):
+    """3 samples in global batches of 4 and over any data-parallel size: the loss is that of the 3, whatever fills the batch."""
+    (work / "three.jsonl").write_text("".join((work / "chat.jsonl").read_text().splitlines(keepends=True)[:3]))
+    losses = []
+    for processes, flags in [
+        (1, ["--global_batch_size", 1]),
+        (1, []),
+        (2, ["--packing", "true"]),
+        (2, ["--padding_free", "false"]),
+    ]:
+        out = work / f"eval{len(losses)}"
+        succeeds("sft", "--model", work / "model", "--dataset", work / "chat.jsonl", "--val_dataset", work / "three.jsonl", *COMMON,
+                 "--train_iters", 1, "--lr", 0, *flags, "--output_dir", out, "--report_to", "none", processes=processes)  # fmt: skip
+        losses += [r["eval_loss"] for r in records(out) if "eval_loss" in r]
+    assert len(losses) == 4 and losses == pytest.approx([losses[0]] * 4, abs=1e-5)
+    succeeds("sft", "--model", work / "model", "--dataset", work / "chat.jsonl", "--val_dataset", work / "three.jsonl", *COMMON,
+             "--eval_iters", 0, "--output_dir", work / "none", "--report_to", "none")  # fmt: skip
+    assert not [r for r in records(work / "none") if "eval_loss" in r]
+
+
+def test_rope_scaling_is_saved_with_the_weights(work):
+    out, scaling = work / "rope", '{"type": "linear", "factor": 2.0}'
+    succeeds("sft", "--model", work / "model", "--dataset", work / "chat.jsonl", *COMMON, "--lr", 1e-3, "--rope_scaling", scaling,
+             "--output_dir", out, "--report_to", "none", "--deterministic_mode", "true")  # fmt: skip
+    checkpoint = out / "checkpoint-6"
+    assert json.loads((checkpoint / "config.json").read_text())["rope_parameters"] == {
+        "rope_theta": 10000.0,
+        "rope_type": "linear",
+        "factor": 2.0,
+    }
+    # Transformers reads the scaling from the checkpoint, the engine takes it from the flag.
+    assert "ok" in succeeds("verify", "--model", checkpoint, "--rope_scaling", scaling)
+
+
 def test_random_start_and_versions(work):
     bare = work / "bare"
     bare.mkdir()
@@ -221,7 +255,8 @@ def test_errors_are_one_clear_message(work, words, text, processes):
     out = work / "never"
     finished = bridge("sft", *words, "--train_iters", 1, "--output_dir", out, processes=processes, timeout=120)
     assert finished.returncode != 0
-    message = next(line for line in finished.stderr.splitlines() if line.startswith("mcore-bridge:"))
-    assert text in message
+    messages = [line for line in finished.stderr.splitlines() if line.startswith("mcore-bridge:")]
+    assert len(messages) == 1, "every rank sees the mistake, one names it"
+    assert text in messages[0]
     assert "Traceback" not in finished.stderr.split("torch.distributed")[0]
     assert not list(out.glob("**/*.safetensors"))

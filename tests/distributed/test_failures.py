@@ -59,6 +59,17 @@ def test_mis_shaped_tensor(folder, tmp_path):
     fails("load", folder, tmp_path, "ValueError", "model.norm.weight", "63", "64")
 
 
+def test_wrong_dtype(folder, tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    shard = last_shard(folder)
+    tensors = load_file(shard)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    save_file(tensors, shard)
+    fails("load", folder, tmp_path, "ValueError", "model.norm.weight", "I8")
+
+
 def test_truncated_shard(folder, tmp_path):
     shard = last_shard(folder)
     shard.write_bytes(shard.read_bytes()[:-100])

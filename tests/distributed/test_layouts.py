@@ -60,8 +60,9 @@ def results(request, tmp_path_factory):
     found = run_cases(work / "model", single, 1, work)
     for processes in (2, 4):
         cases = cases_for(processes)
+        cases += [dict(name=f"untouched-{name}", layout=layout, steps=0) for name, count, layout in LAYOUTS if count == processes]
         for case in cases:
-            if case["name"].startswith("full-"):
+            if case["name"].startswith(("full-", "untouched-")):
                 case["save"] = str(work / case["name"])
         found.update(run_cases(work / "model", cases, processes, work))
     return found, work
@@ -105,13 +106,34 @@ def test_saved_files_hold_the_weights(results):
             assert torch.equal(saved[key], tensor), (name, key)
 
 
-def test_base_is_frozen_under_lora(results, tmp_path):
+def base_of(work):
     from safetensors.torch import load_file
 
-    found, work = results
     base = {}
     for file in (work / "model").glob("*.safetensors"):
         base.update(load_file(file))
+    return base
+
+
+def test_round_trip_is_bit_identical(results):
+    """Hugging Face -> any layout -> Hugging Face, through the files and through the stream."""
+    from safetensors.torch import load_file
+
+    found, work = results
+    base = base_of(work)
+    for name, _, _ in LAYOUTS:
+        saved = {}
+        for file in (work / f"untouched-{name}").glob("*.safetensors"):
+            saved.update(load_file(file))
+        for copy in (saved, found[f"untouched-{name}"]["weights"]):
+            assert copy.keys() == base.keys()
+            for key, tensor in base.items():
+                assert torch.equal(copy[key], tensor), (name, key)
+
+
+def test_base_is_frozen_under_lora(results, tmp_path):
+    found, work = results
+    base = base_of(work)
     for name, result in found.items():
         if name.startswith("lora"):
             for key, tensor in result["weights"].items():

@@ -64,6 +64,18 @@ def test_bad_config(folder, change, error, text):
         mb.ModelConfig(**{**mb.hf_to_mcore_config(str(folder)), **change})
 
 
+def test_float16_is_refused_for_training(folder):
+    config = mb.ModelConfig(**mb.hf_to_mcore_config(str(folder)), fp16=True)
+    with pytest.raises(ValueError, match="loss scaling"):
+        mb.Trainer(mb.get_mcore_model(config), lr=1e-3, train_iters=2)
+
+
+def test_family_lookup():
+    from mcore_bridge.model import get_mcore_model_type
+
+    assert get_mcore_model_type("qwen3") == "qwen3" and get_mcore_model_type("no_such_model") is None
+
+
 def test_unknown_model_type():
     with pytest.raises(ValueError, match="llama"):
         mb.hf_to_mcore_config(dict(model_type="no_such_model", hidden_size=8))

@@ -1,11 +1,14 @@
 """Flags, files of flags, launching."""
 
+import dataclasses
 import json
 
 import pytest
-from mcore_bridge.cli.arguments import TrainArguments, parse, parser
+from mcore_bridge.cli.arguments import ExportArguments, TrainArguments, VerifyArguments, parse, parser
 from mcore_bridge.cli.launch import torchrun_command
 from mcore_bridge.cli.main import main
+from mcore_bridge.cli.original_flags import NEUTRAL
+from mcore_bridge.cli.train import _derived
 
 
 def sft(*words):
@@ -47,6 +50,8 @@ def test_file_of_flags(tmp_path, monkeypatch):
         (["--columns", "{"], "not JSON"),
         (["--streaming", "true"], "not supported"),
         (["--fp8_format", "hybrid"], "not supported"),
+        (["--moe_aux_loss_coeff", "0.01"], "moe_aux_loss_coeff 0.01 is not supported"),
+        (["--bf16", "true"], "not supported"),
         (["stray"], "no flag"),
     ],
 )
@@ -67,7 +72,22 @@ def test_flags_of_the_original_that_change_nothing():
         "none",
         "--optimizer",
         "adam",
+        "--moe_aux_loss_coeff",
+        "0",
+        "--muon_momentum",
+        "0.9",
     )
+
+
+def test_no_flag_is_both_ours_and_unsupported():
+    ours = {field.name for kind in (TrainArguments, ExportArguments, VerifyArguments) for field in dataclasses.fields(kind)}
+    assert not ours & set(NEUTRAL)
+
+
+def test_system_from_a_file(tmp_path):
+    (tmp_path / "system.txt").write_text("You are terse.\n")
+    assert _derived(sft("--model", "m", "--system", str(tmp_path / "system.txt")), "sft").system == "You are terse."
+    assert _derived(sft("--model", "m", "--system", "none.txt"), "sft").system == "none.txt"
 
 
 def test_help_names_every_flag(capsys):

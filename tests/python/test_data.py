@@ -1,11 +1,13 @@
 """Rows, templates, packing, batching, order."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from mcore_bridge.data.batching import flat_batch, padded_batch
 from mcore_bridge.data.dataset import normalise, read_rows, take
 from mcore_bridge.data.packing import pack
+from mcore_bridge.data.prepare import Units, encode_rows
 from mcore_bridge.data.sampler import Sampler
 from mcore_bridge.data.template import IGNORE, Template, truncate
 
@@ -19,6 +21,13 @@ FORGETFUL = (
     "{% for m in messages %}<{{ m['role'] }}> {% if m['role'] != 'assistant' or loop.last %}{{ m['content'] }} {% endif %}</s> {% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
+# As Qwen3's: an empty block of thoughts in front of the last turn only.
+THINKING = (
+    "{% for m in messages %}<{{ m['role'] }}> {% if m['role'] == 'assistant' and loop.last %}g h {% endif %}{{ m['content'] }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+# As reasoning models': the prompt opens a thought that turns without reasoning do not have.
+OPENING = CHAT.replace("<assistant> {% endif %}", "<assistant> g {% endif %}")
 TALK = [
     {"role": "user", "content": "a b"},
     {"role": "assistant", "content": "c d"},
@@ -58,6 +67,28 @@ def test_loss_on_assistant_turns_only(tokenizer, template):
 
 def test_template_that_drops_earlier_turns(tokenizer):
     assert learned(tokenizer, FORGETFUL, TALK) == "f </s>"
+
+
+def test_template_that_renders_the_last_turn_differently(tokenizer):
+    assert learned(tokenizer, THINKING, TALK) == "c d </s> g h f </s>"
+    assert learned(tokenizer, THINKING, [*TALK, {"role": "user", "content": "a"}]) == "c d </s> f </s>"
+    muted = [TALK[0], {**TALK[1], "loss": False}, *TALK[2:]]
+    assert learned(tokenizer, THINKING, muted) == "g h f </s>"
+    same = [{"role": role, "content": "a"} for role in ("user", "assistant") * 3]
+    assert learned(tokenizer, THINKING, same) == "a </s> a </s> g h a </s>"
+
+
+def test_template_whose_prompt_opens_a_thought(tokenizer):
+    assert learned(tokenizer, OPENING, TALK) == "c d </s> f </s>"
+
+
+def test_row_that_the_template_refuses(tokenizer, caplog):
+    tokenizer.chat_template = "{% if messages[0]['content'] == 'h' %}{{ raise_exception('no h') }}{% endif %}" + CHAT
+    arguments = SimpleNamespace(columns={}, system=None, truncation_strategy="delete", dataset_num_proc=1, strict=False)
+    rows = [{"messages": TALK}, {"messages": [{"role": "user", "content": "h"}, TALK[1]]}]
+    assert len(encode_rows(rows, Template(tokenizer), arguments, 64)) == 1
+    with pytest.raises(ValueError, match="row 1: the chat template refuses the row: no h"):
+        encode_rows(rows, Template(tokenizer), SimpleNamespace(**{**vars(arguments), "strict": True}), 64)
 
 
 def test_template_errors(tokenizer):
@@ -145,6 +176,21 @@ def test_batches():
     assert padded["labels"].tolist() == [[2, 3, IGNORE, IGNORE], [5, IGNORE, IGNORE, IGNORE]]
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_units(packing):
+    samples = [
+        {"input_ids": [index] * size, "labels": [IGNORE, *[index] * (size - 1)]} for index, size in enumerate((3, 4, 2, 5), 1)
+    ]
+    units = Units(samples, SimpleNamespace(packing=packing, packing_length=7, padding_free=False), 8, 4, 9)
+    everything = range(len(units))
+    assert len(units) == (2 if packing else 4) and units.tokens == 14
+    assert units.loss_tokens(everything) == units.loss_tokens([*everything, None]) == 10
+    batch = units.micro_batch(everything)
+    assert (batch["labels"] != IGNORE).sum() == 10 and batch["input_ids"].shape[1] % 4 == 0
+    nothing = units.micro_batch([None])
+    assert nothing["input_ids"].shape == (1, 4) and (nothing["labels"] == IGNORE).all()
+
+
 def test_order_depends_on_seed_and_epoch_only():
     def batches(size, steps=7):
         ranks = [Sampler(10, 1, 4, rank, size, seed=3) for rank in range(size)]
@@ -155,6 +201,7 @@ def test_order_depends_on_seed_and_epoch_only():
     assert sorted(flat[:10]) == sorted(flat[10:20]) == list(range(10)), "every epoch holds every sample once"
     assert flat[:10] != flat[10:20]
     assert Sampler(10, 1, 4, 0, 1, shuffle=False).global_batch(2) == [8, 9, 0, 1]
+    assert Sampler(10, 1, 4, 0, 1, shuffle=False, once=True).global_batch(2) == [8, 9, None, None]
     with pytest.raises(ValueError, match="global_batch_size"):
         Sampler(10, 3, 4, 0, 1)
     with pytest.raises(ValueError, match="no sample"):

@@ -2,9 +2,9 @@
 
 MCB_TEST_DEVICE=cuda runs both sides on a GPU."""
 
-import mcore_bridge as mb
 import os
 
+import mcore_bridge as mb
 import pytest
 import tiny
 import torch

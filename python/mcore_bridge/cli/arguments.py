@@ -10,6 +10,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Literal, Optional
 
+from .original_flags import NEUTRAL
+
 Strings = List[str]
 
 
@@ -61,7 +63,7 @@ class TrainArguments(ModelArguments):
     data_seed: int = flag(42, "seed of the data order")
     columns: Dict[str, str] = flag({}, 'JSON: rename columns, e.g. {"question": "query"}')
     strict: bool = flag(False, "a row that cannot be read is an error instead of being dropped with a warning")
-    system: Optional[str] = flag(None, "system message for rows without one")
+    system: Optional[str] = flag(None, "system message for rows without one, or a .txt file that holds it")
     use_chat_template: Optional[bool] = flag(None, "render rows with the tokenizer's chat template (sft: true, pt: false)")
     loss_scale: Optional[Literal["default", "last_round", "all"]] = flag(
         None, "tokens that carry loss: all assistant turns, the last one, everything (sft: default, pt: all)"
@@ -72,6 +74,7 @@ class TrainArguments(ModelArguments):
     train_iters: Optional[int] = flag(None, "optimizer steps; default: from num_train_epochs")
     num_train_epochs: Optional[float] = flag(None, "passes over the data (default 1 without train_iters)")
     seed: int = flag(42, "seed of adapters, random weights and dropout")
+    deterministic_mode: bool = flag(False, "the same bits in every run on GPUs too, at some speed")
     calculate_per_token_loss: bool = flag(True, "every token of the global batch counts alike (false: every micro-batch)")
 
     lr: Optional[float] = flag(None, "peak learning rate; default 1e-5 full, 1e-4 LoRA", "Optimizer and learning rate")
@@ -112,7 +115,7 @@ class TrainArguments(ModelArguments):
     merge_lora: bool = flag(False, "write checkpoint-N-merged beside each adapter")
     logging_steps: int = flag(5, "steps per log line")
     eval_steps: Optional[int] = flag(None, "steps between evaluations; default: save_steps")
-    eval_iters: int = flag(-1, "global batches per evaluation; -1: all")
+    eval_iters: int = flag(-1, "global batches per evaluation; -1: all, 0: none")
     report_to: Strings = flag(["tensorboard"], "tensorboard or none")
 
 
@@ -138,30 +141,6 @@ class InspectArguments:
     model: Optional[str] = flag(None, "folder or safetensors file (also as the first argument)", "Inspect")
     json: bool = flag(False, "print JSON")
     names: bool = flag(False, "list every tensor instead of the repeated layers once")
-
-
-# Flags of ms-swift's megatron commands that this version takes only with a value that changes nothing.
-NEUTRAL = {
-    "save_safetensors": [True], "bridge_backend": ["mcore-bridge"], "check_model": None, "use_hf": None, "hub_token": None,
-    "task_type": ["causal_lm"], "recompute_granularity": ["none"], "recompute_method": [], "recompute_num_layers": [],
-    "recompute_modules": None, "deterministic_mode": None, "manual_gc": None, "manual_gc_steps": None, "manual_gc_eval": None,
-    "attention_backend": None, "masked_softmax_fusion": None, "bias_dropout_fusion": None, "bias_activation_fusion": None,
-    "apply_rope_fusion": None, "gradient_accumulation_fusion": None, "cross_entropy_loss_fusion": None, "cross_entropy_fusion_impl": None,
-    "load_from_cache_file": None, "lazy_tokenize": [False], "streaming": [False], "dataloader_num_workers": None,
-    "dataloader_pin_memory": None, "dataloader_persistent_workers": None, "dataloader_prefetch_factor": None, "packing_num_proc": None,
-    "group_by_length": [False], "remove_unused_columns": None, "optimizer": ["adam"], "optimizer_cpu_offload": [False],
-    "use_precision_aware_optimizer": [False], "main_grads_dtype": ["fp32"], "main_params_dtype": ["fp32"], "exp_avg_dtype": ["fp32"],
-    "exp_avg_sq_dtype": ["fp32"], "no_save_optim": [True], "no_save_rng": [True], "no_load_optim": None, "no_load_rng": None, "finetune": [True],
-    "async_save": [False], "expert_tensor_parallel_size": [1], "pipeline_model_parallel_layout": [], "use_distributed_optimizer": None,
-    "overlap_grad_reduce": None, "overlap_param_gather": None, "overlap_p2p_comm": None, "batch_p2p_comm": None, "tp_comm_overlap": None,
-    "ddp_backend": None, "ddp_timeout": None, "attention_softmax_in_fp32": None, "accumulate_allreduce_grads_in_fp32": None,
-    "fp8_format": [], "fp8_recipe": ["delayed"], "mtp_num_layers": [0], "lora_bias": ["none"], "lora_dtype": [], "freeze_llm": [False],
-    "freeze_vit": None, "freeze_aligner": None, "weight_decay_incr_style": ["constant"], "sgd_momentum": None, "new_special_tokens": [],
-    "tensorboard_dir": [], "template": [], "mlp_padding_free": [False], "is_binary_loss_scale": [], "model_type": [],
-    "microbatch_group_size_per_vp_stage": [], "cp_comm_type": [], "enable_dft_loss": [False], "test_convert_precision": [False],
-    "to_hf": [True], "to_mcore": [False], "mcore_model": [], "mcore_adapter": [], "metric_for_best_model": ["loss"],
-    "create_checkpoint_symlink": [False], "moe_grouped_gemm": None, "moe_permute_fusion": None,
-}  # fmt: skip
 
 
 def boolean(text):

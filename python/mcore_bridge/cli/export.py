@@ -30,7 +30,7 @@ def run(command, argv):
     leader = mb.get_parallel_state().rank == 0
     config.bridge.save_weights(
         models, arguments.output_dir, merge_lora=arguments.merge_lora, max_shard_size=arguments.max_shard_size,
-        extra_files=side_files(folder, config) if leader else {},
+        extra_files=side_files(folder, config, arguments.rope_scaling) if leader else {},
     )  # fmt: skip
     if leader:
         print(f"wrote {arguments.output_dir}", flush=True)

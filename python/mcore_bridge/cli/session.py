@@ -96,9 +96,19 @@ def load_adapter(models, config, folder):
     return options
 
 
-def side_files(folder, config=None):
+def _with_rope_scaling(content, scaling):
+    """config.json's content with its RoPE scaling replaced, in the key it uses (the base stays)."""
+    scaling = {("rope_type" if key == "type" else key): value for key, value in scaling.items()}
+    base = content.get("rope_parameters") or {}
+    if "rope_parameters" in content:
+        kept = {key: base[key] for key in ("rope_theta", "partial_rotary_factor") if key in base}
+        return {**content, "rope_parameters": {**kept, **scaling}}
+    return {**content, "rope_scaling": scaling}
+
+
+def side_files(folder, config=None, rope_scaling=None):
     """Everything of a model folder but its weights, as {name: bytes}: config, tokenizer, templates, code. With `config`,
-    config.json names the dtype the weights are written in."""
+    config.json names the dtype the weights are written in, and the RoPE scaling they were trained with if that was replaced."""
     files = {}
     for path in sorted(Path(folder).iterdir()):
         keep = path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHTS)
@@ -109,6 +119,8 @@ def side_files(folder, config=None):
         for key in ("dtype", "torch_dtype"):
             if key in content:
                 content[key] = str(config.params_dtype).removeprefix("torch.")
+        if rope_scaling:
+            content = _with_rope_scaling(content, rope_scaling)
         files["config.json"] = (json.dumps(content, indent=2) + "\n").encode()
     return files
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import os
 import re
 import shutil
 import time
@@ -33,6 +35,8 @@ def _derived(arguments, command):
             raise ValueError(f"{name} {getattr(arguments, name)} must be at least 1")
     if arguments.tuner_type == "lora" and arguments.perform_initialization:
         raise ValueError("an adapter needs real weights below it: --perform_initialization goes with --tuner_type full")
+    if arguments.system and arguments.system.endswith(".txt") and os.path.isfile(arguments.system):
+        arguments.system = Path(arguments.system).read_text(encoding="utf-8").strip()
     unknown = set(arguments.report_to) - {"tensorboard", "none"}
     if unknown:
         raise ValueError(f"--report_to {' '.join(sorted(unknown))} is not supported by this version (tensorboard, none)")
@@ -84,6 +88,11 @@ class Run:
 
         self.config = build_config(arguments, folder)
         self.state = mb.get_parallel_state()
+        if arguments.deterministic_mode:
+            import torch
+
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
         mb.set_random_seed(arguments.seed)
         self.models = mb.get_mcore_model(self.config)
         if arguments.perform_initialization:
@@ -126,14 +135,14 @@ class Run:
             raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {self.config.padded_vocab_size}")
         self.units, self.held_out = load_units(arguments, tokenizer, self.max_length, multiple)
 
-        def sampler(units, shuffle):
+        def sampler(units, shuffle, once=False):
             return Sampler(
                 len(units), arguments.micro_batch_size, arguments.global_batch_size, self.state.dp_rank, self.state.dp_size,
-                seed=arguments.data_seed, shuffle=shuffle,
+                seed=arguments.data_seed, shuffle=shuffle, once=once,
             )  # fmt: skip
 
         self.sampler = sampler(self.units, arguments.train_dataloader_shuffle)
-        self.eval_sampler = sampler(self.held_out, False) if self.held_out else None
+        self.eval_sampler = sampler(self.held_out, False, once=True) if self.held_out and arguments.eval_iters else None
         self.train_iters = arguments.train_iters or self.sampler.steps(arguments.num_train_epochs)
 
     def _make_trainer(self, mb):
@@ -196,7 +205,7 @@ class Run:
                 record["mfu"] = tflops / peak
             last = result.iteration == self.train_iters
             progress.step(record, show=last or result.iteration == 1 or result.iteration % a.logging_steps == 0)
-            if self.held_out and (last or result.iteration % (a.eval_steps or a.save_steps) == 0):
+            if self.eval_sampler and (last or result.iteration % (a.eval_steps or a.save_steps) == 0):
                 progress.evaluated(result.iteration, self.evaluate())
             due = result.iteration % (steps_per_epoch if a.save_strategy == "epoch" else a.save_steps) == 0
             if last or due:
@@ -221,15 +230,24 @@ class Run:
         return packed.cu_seqlens.diff().tolist()
 
     def evaluate(self):
-        """Mean loss per token over the validation data."""
-        total = len(self.held_out) // self.arguments.global_batch_size or 1
-        if self.arguments.eval_iters >= 0:
-            total = min(total, self.arguments.eval_iters)
-        losses = [
-            self.trainer.evaluate([self.held_out.micro_batch(units) for units in self.eval_sampler.micro_batches(step)])
-            for step in range(total)
-        ]
-        return sum(losses) / max(1, len(losses))
+        """Mean loss over the validation data, each sample once: per token, or per micro-batch without calculate_per_token_loss."""
+        a = self.arguments
+        batches = math.ceil(len(self.held_out) / a.global_batch_size)
+        if a.eval_iters > 0:
+            batches = min(batches, a.eval_iters)
+        total = count = 0
+        for step in range(batches):
+            mean = self.trainer.evaluate([self.held_out.micro_batch(units) for units in self.eval_sampler.micro_batches(step)])
+            units = self.eval_sampler.global_batch(step)
+            if a.calculate_per_token_loss:
+                part = whole = self.held_out.loss_tokens(units)
+            else:
+                # The engine counts micro-batches without any loss as well, with loss 0.
+                rows = [units[at : at + a.micro_batch_size] for at in range(0, len(units), a.micro_batch_size)]
+                part, whole = sum(any(unit is not None for unit in row) for row in rows), len(rows)
+            total += mean * whole
+            count += part
+        return total / count
 
     def save(self, iteration):
         from .session import side_files, tokenizer_files
@@ -243,7 +261,7 @@ class Run:
                 self.models,
                 target,
                 max_shard_size=a.max_shard_size,
-                extra_files={**side_files(self.folder, self.config), **record} if leader else {},
+                extra_files={**side_files(self.folder, self.config, a.rope_scaling), **record} if leader else {},
             )
         else:
             content = bridge.peft_adapter_config(self.models, "default", str(a.model))
@@ -260,7 +278,7 @@ class Run:
                     merged,
                     merge_lora=True,
                     max_shard_size=a.max_shard_size,
-                    extra_files=side_files(self.folder, self.config) if leader else {},
+                    extra_files=side_files(self.folder, self.config, a.rope_scaling) if leader else {},
                 )
         if a.save_total_limit and leader:
             steps = sorted(

@@ -12,7 +12,7 @@ def flat_batch(samples, multiple=1, pad_token=0):
     document without loss fills the row up to a multiple of `multiple` (sequence parallelism needs that)."""
     import torch
 
-    from ..models import PackedSeqParams
+    from ..model import PackedSeqParams
 
     tokens, labels, positions, ends = [], [], [], [0]
     for sample in samples:

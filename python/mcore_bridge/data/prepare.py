@@ -8,7 +8,7 @@ from ..utils import get_logger
 from .batching import flat_batch, padded_batch
 from .dataset import normalise, read_rows
 from .packing import pack
-from .template import Template, truncate
+from .template import IGNORE, Template, truncate
 
 
 def _encode(row, template, arguments, max_length):
@@ -67,8 +67,19 @@ class Units:
     def tokens(self):
         return sum(len(sample["input_ids"]) for sample in self.samples)
 
+    def loss_tokens(self, units):
+        """How many tokens of the units carry loss: a sample's first token is nobody's target."""
+        samples = [self.samples[index] for unit in units if unit is not None for index in self.rows[unit]]
+        return sum(label != IGNORE for sample in samples for label in sample["labels"][1:])
+
     def micro_batch(self, units):
-        samples = [self.samples[index] for unit in units for index in self.rows[unit]]
+        """A micro-batch of the units; None stands for a token without loss."""
+        nothing = {"input_ids": [self.pad_token], "labels": [IGNORE]}
+        samples = [
+            sample
+            for unit in units
+            for sample in ([nothing] if unit is None else [self.samples[index] for index in self.rows[unit]])
+        ]
         build = flat_batch if self.flat else padded_batch
         return build(samples, self.multiple, self.pad_token)
 

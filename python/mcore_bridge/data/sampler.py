@@ -6,10 +6,11 @@ import random
 class Sampler:
     """`units` samples (or packed rows) in global batches; a rank gets its contiguous share of micro-batches of each.
 
-    The incomplete batch at the end of an epoch is filled from the next epoch's order, so that no sample is dropped.
+    The incomplete batch at the end of an epoch is filled from the next epoch's order, so that no sample is dropped; with
+    `once` (evaluation) it is filled with None.
     """
 
-    def __init__(self, units, micro_batch_size, global_batch_size, dp_rank, dp_size, seed=42, shuffle=True):
+    def __init__(self, units, micro_batch_size, global_batch_size, dp_rank, dp_size, seed=42, shuffle=True, once=False):
         if units < 1:
             raise ValueError("there is no sample to train on")
         if micro_batch_size < 1 or global_batch_size < 1 or global_batch_size % (micro_batch_size * dp_size):
@@ -17,7 +18,7 @@ class Sampler:
                 f"global_batch_size {global_batch_size} must be a multiple of micro_batch_size {micro_batch_size} x {dp_size} data-parallel ranks"
             )
         self.units, self.micro, self.batch, self.rank, self.size = units, micro_batch_size, global_batch_size, dp_rank, dp_size
-        self.seed, self.shuffle = seed, shuffle
+        self.seed, self.shuffle, self.once = seed, shuffle, once
         self._orders = {}
 
     def steps(self, epochs):
@@ -36,6 +37,8 @@ class Sampler:
     def global_batch(self, step):
         """Sample indices of the 0-based step."""
         first = step * self.batch
+        if self.once:
+            return [self.order(0)[at] if at < self.units else None for at in range(first, first + self.batch)]
         return [self.order(position // self.units)[position % self.units] for position in range(first, first + self.batch)]
 
     def micro_batches(self, step):

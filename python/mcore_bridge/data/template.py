@@ -1,10 +1,13 @@
 """Tokens and loss masks of rows."""
 
 import json
+import os
 
 from ..utils import get_logger
 
 IGNORE = -100
+# Stands for a turn's content while its place in the rendered text is looked for.
+_MARK = "\u241f\u241e\u241f"
 
 
 class Template:
@@ -59,9 +62,7 @@ class Template:
             return {"input_ids": tokens, "labels": list(tokens)}
         marked = [True] * len(tokens)
         if self._marks:
-            again = self.tokenizer.apply_chat_template(
-                messages, return_assistant_tokens_mask=True, return_dict=True, **arguments
-            )
+            again = self.tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True, **arguments)
             if again["input_ids"] == tokens:
                 marked = again["assistant_masks"]
         labels = [IGNORE] * len(tokens)
@@ -72,29 +73,56 @@ class Template:
         return {"input_ids": tokens, "labels": labels}
 
     def _render(self, messages, arguments, prompt=False):
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **arguments)
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **arguments)
+        except TemplateError as error:  # templates raise it for, say, roles that do not alternate
+            raise ValueError(f"the chat template refuses the row: {error}") from None
 
     def _spans(self, messages, wanted, text, arguments):
         """Characters of `text` that the wanted assistant turns wrote."""
         spans = []
-        last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-        for index, flag in enumerate(wanted):
-            if not flag:
-                continue
-            before = self._render(messages[:index], arguments, prompt=True) if index else ""
-            after = text if index == len(messages) - 1 else self._render(messages[: index + 1], arguments)
-            if text.startswith(before) and text.startswith(after):
-                spans.append((len(before), len(after)))
-            elif index == last and text.startswith(before):
-                spans.append((len(before), len(text)))
+        for index in (index for index, flag in enumerate(wanted) if flag):
+            span = self._prefix_span(messages, index, text, arguments) or self._marked_span(messages, index, text, arguments)
+            if span:
+                spans.append(span)
             else:
                 get_logger().warning_once(
-                    "the chat template renders earlier turns differently once later ones follow (it drops their reasoning, say); "
-                    "such turns carry no loss, the last turn does"
+                    "the chat template hides what earlier assistant turns said once later ones follow: such turns carry no loss"
                 )
         if not spans:
             raise ValueError("the chat template does not let the assistant's tokens be found")
         return spans
+
+    def _prefix_span(self, messages, index, text, arguments):
+        """From the prompt for turn `index` to the text with that turn, when both are prefixes of the whole text."""
+        before = self._render(messages[:index], arguments, prompt=True) if index else ""
+        after = text if index == len(messages) - 1 else self._render(messages[: index + 1], arguments)
+        return (len(before), len(after)) if text.startswith(before) and text.startswith(after) else None
+
+    def _marked_span(self, messages, index, text, arguments):
+        """The turn's span in templates that render it differently once others follow (Qwen3 puts an empty <think> block into
+        the last turn only): its content is where the text changes when the content does, its end what closes such a turn."""
+        start = end = None
+        if messages[index]["content"]:
+            changed = self._render([*messages[:index], {**messages[index], "content": _MARK}, *messages[index + 1 :]], arguments)
+            start = len(os.path.commonprefix([text, changed]))
+            end = len(text) - len(os.path.commonprefix([text[start:][::-1], changed[start:][::-1]]))
+            if _MARK not in changed or end <= start:
+                return None
+        before = self._render(messages[:index], arguments, prompt=True) if index else None
+        if before is not None and text.startswith(before):
+            start = len(before)
+        if start is None:
+            return None
+        closing = self._render([*messages[:index], {"role": "assistant", "content": _MARK}], arguments).rpartition(_MARK)[2]
+        if not closing.strip():
+            return (start, end) if end else None
+        at = text.find(closing, end or start)
+        if at < 0:
+            at, closing = text.find(closing.rstrip(), end or start), closing.rstrip()
+        return (start, at + len(closing)) if at >= 0 else None
 
 
 def truncate(sample, max_length, strategy):

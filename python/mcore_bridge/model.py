@@ -165,6 +165,11 @@ def get_mcore_model(config: ModelConfig, device: Optional[str] = None):
     return models
 
 
+def get_mcore_model_type(hf_model_type):
+    """The family that a Hugging Face model_type belongs to; None when this version has none."""
+    return next((name for name, types, _ in _core.families() if hf_model_type in types), None)
+
+
 def unwrap_model(models, module_instances=None):
     """Strips wrappers that hold the model as `.module` (DDP, FSDP, Float16Module): a list gives a list, one gives one."""
     single = not isinstance(models, list)

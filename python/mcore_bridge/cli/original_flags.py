@@ -1,0 +1,61 @@
+"""Flags of ms-swift's megatron commands that this version takes only with a value that changes nothing."""
+
+# By flag: the values taken; [] means the flag must stay out, None that every value does (it chooses between ways to the same
+# result, or tunes a mechanism that the engine does not have).
+NEUTRAL = {
+    # model and weights
+    "save_safetensors": [True], "bridge_backend": ["mcore-bridge"], "check_model": None, "use_hf": None, "hub_token": None, "model_type": [],
+    "task_type": ["causal_lm"], "num_labels": [], "problem_type": [], "mrl_dims": [], "new_special_tokens": [], "mcore_model": [],
+    "mcore_adapter": [], "ref_model": [], "ref_adapters": [], "save_missing_weights": [False], "offload_bridge": [False],
+    "language_model_only": [False], "linear_decoupled_in_proj": [False], "apply_wd_to_qk_layernorm": [False],
+    # recomputation, fusions, memory
+    "recompute_granularity": ["none"], "recompute_method": [], "recompute_num_layers": [], "recompute_modules": None, "manual_gc": None,
+    "manual_gc_steps": None, "manual_gc_eval": None, "attention_backend": None, "masked_softmax_fusion": None, "bias_dropout_fusion": None,
+    "bias_activation_fusion": None, "apply_rope_fusion": None, "gradient_accumulation_fusion": None, "cross_entropy_loss_fusion": None,
+    "cross_entropy_fusion_impl": None,
+    # data and templates
+    "load_from_cache_file": None, "lazy_tokenize": [False], "streaming": [False], "cached_dataset": [], "cached_val_dataset": [],
+    "dataloader_num_workers": None, "dataloader_pin_memory": None, "dataloader_persistent_workers": None,
+    "dataloader_prefetch_factor": None, "packing_num_proc": None, "data_sharding": [False], "group_by_length": [False],
+    "mlp_padding_free": [False], "remove_unused_columns": None, "interleave_prob": [], "stopping_strategy": ["first_exhausted"],
+    "shuffle_buffer_size": None, "model_name": [], "model_author": [], "custom_dataset_info": [], "external_plugins": [],
+    "te_rng_tracker": None, "data_parallel_random_init": [False], "template": [], "is_binary_loss_scale": [], "agent_template": [],
+    "max_pixels": [], "norm_bbox": [], "padding_side": ["right"], "enable_thinking": [], "response_prefix": [], "model_kwargs": [],
+    # optimizer
+    "optimizer": ["adam"], "optimizer_cpu_offload": [False], "optimizer_offload_fraction": None, "optimizer_cuda_graph": [False],
+    "use_precision_aware_optimizer": [False], "main_grads_dtype": ["fp32"], "main_params_dtype": ["fp32"], "exp_avg_dtype": ["fp32"],
+    "exp_avg_sq_dtype": ["fp32"], "weight_decay_incr_style": ["constant"], "start_weight_decay": [], "end_weight_decay": [],
+    "sgd_momentum": None, "vit_lr": [], "aligner_lr": [], "muon_momentum": None, "muon_split_qkv": None, "muon_use_nesterov": None,
+    "muon_scale_mode": None, "muon_num_ns_steps": None, "muon_coefficient_type": None, "muon_fp32_matmul_prec": None, "muon_tp_mode": None,
+    "muon_extra_scale_factor": None, "muon_scalar_optimizer": None,
+    # checkpoints
+    "no_save_optim": [True], "no_save_rng": [True], "no_load_optim": None, "no_load_rng": None, "finetune": [True], "async_save": [False],
+    "use_persistent_ckpt_worker": None, "use_cpu_initialization": None, "metric_for_best_model": ["loss"], "greater_is_better": [],
+    "create_checkpoint_symlink": [False], "dist_ckpt_save_pre_mcore_014": None, "dist_ckpt_optim_fully_reshardable": None,
+    "distrib_optim_fully_reshardable_mem_efficient": None, "to_hf": [True], "to_mcore": [False], "test_convert_precision": [False],
+    "test_convert_dtype": None, "device_map": None,
+    # parallelism
+    "expert_tensor_parallel_size": [1], "pipeline_model_parallel_layout": [], "microbatch_group_size_per_vp_stage": [],
+    "use_distributed_optimizer": None, "use_megatron_fsdp": [False], "data_parallel_sharding_strategy": None, "overlap_grad_reduce": None,
+    "overlap_param_gather": None, "overlap_param_gather_with_optimizer_step": None, "align_param_gather": None, "align_grad_reduce": None,
+    "overlap_p2p_comm": None, "batch_p2p_comm": None, "tp_comm_overlap": None, "nccl_comm_warmup": None, "cp_comm_type": [],
+    "cp_partition_mode": ["zigzag"], "sequence_packing_scheduler": [], "ddp_backend": None, "ddp_timeout": None,
+    # logging
+    "tensorboard_dir": [], "tensorboard_queue_size": None, "wandb_project": [], "wandb_exp_name": [], "swanlab_project": [],
+    "swanlab_exp_name": [], "callbacks": [],
+    # precision, experts, further heads
+    "fp16": [], "bf16": [], "attention_softmax_in_fp32": None, "apply_query_key_layer_scaling": [False],
+    "accumulate_allreduce_grads_in_fp32": None, "fp8_format": [], "fp8_recipe": ["delayed"], "fp8_param_gather": [False],
+    "fp8_amax_history_len": None, "fp8_amax_compute_algo": None, "fp4_format": [], "fp4_recipe": None, "fp4_param_gather": [False],
+    "moe_router_load_balancing_type": [], "moe_router_dtype": ["fp32"], "moe_token_dispatcher_type": None, "moe_enable_deepep": [False],
+    "moe_grouped_gemm": None, "moe_permute_fusion": None, "moe_aux_loss_coeff": ["0", "0.0"], "moe_z_loss_coeff": [],
+    "moe_layer_recompute": [False], "moe_shared_expert_overlap": None, "moe_expert_capacity_factor": [],
+    "moe_pad_expert_input_to_capacity": [False], "moe_token_drop_policy": ["probs"], "dsa_indexer_loss_coeff": ["0", "0.0"],
+    "dsa_indexer_use_sparse_loss": [False], "apply_dsa_kernel_fusion": None, "csa_dense_mode": [False], "use_fused_mhc": None,
+    "mhc_recompute_layer_num": [], "mtp_num_layers": [0], "mtp_loss_scaling_factor": None, "mtp_decoder_input_detach": [False],
+    "mtp_shared_weights": [False],
+    # tuning
+    "lora_bias": ["none"], "lora_dtype": [], "freeze_llm": [False], "freeze_vit": None, "freeze_aligner": None,
+    "freeze_parameters_ratio": ["0", "0.0"], "vit_gradient_checkpointing": None, "vit_gradient_checkpointing_kwargs": None,
+    "vit_attn_impl": None, "enable_dft_loss": [False], "enable_channel_loss": [False],
+}  # fmt: skip
