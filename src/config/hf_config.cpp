@@ -3,6 +3,7 @@
 #include <fstream>
 #include <sstream>
 
+#include "config/json_value.h"
 #include "families/family.h"
 #include "mcore_bridge/error.h"
 #include "mcore_bridge/model_config.h"
@@ -32,7 +33,6 @@ const std::vector<KeyRow>& key_table() {
       {"layernorm_epsilon", {"rms_norm_eps"}},
       {"rotary_base", {"rope_theta"}},
       {"partial_rotary_factor", {"partial_rotary_factor"}},
-      {"rope_scaling", {"rope_parameters", "rope_scaling"}},
       {"padded_vocab_size", {"vocab_size"}},
       {"untie_embeddings_and_output_weights", {"tie_word_embeddings"}, Convert::kNot},
       {"hidden_act", {"hidden_act", "hidden_activation"}, Convert::kActivation},
@@ -70,6 +70,35 @@ Json converted(const char* key, const Json& value, Convert convert) {
 
 const char* const kNested[] = {"text_config", "llm_config", "thinker_config"};
 
+constexpr const char* kFile = "config.json";
+
+/// The RoPE dictionary under either of its names, `type` renamed to `rope_type`; null when there is none.
+Json rope_dictionary(const Json& hf) {
+  auto read = [&](const char* key) {
+    const auto* found = json_find(hf, key);
+    if (!found) return Json(nullptr);
+    MCB_CHECK(found->is_object(), "config.json: ", key, " is ", found->dump(), ", expected a dictionary");
+    for (const auto& [name, value] : found->items()) {
+      MCB_CHECK(!value.is_object(), "config.json: ", key, " differs per layer type (", name,
+                "), which this version does not support");
+    }
+    if (found->empty()) return Json(nullptr);
+    Json rope = *found;
+    rope["rope_type"] = json_string(rope, "rope_type", json_string(rope, "type", "default", key), key);
+    rope.erase("type");
+    return rope;
+  };
+  auto newer = read("rope_parameters");
+  const auto older = read("rope_scaling");
+  if (newer.is_null()) return older;
+  for (const auto& [key, value] : older.items()) {
+    MCB_CHECK(newer.contains(key) && newer[key] == value, "config.json: rope_scaling has ", key, " ", value.dump(),
+              ", rope_parameters ", newer.contains(key) ? newer[key].dump() : "does not",
+              "; keep one dictionary: Transformers 5 writes rope_parameters");
+  }
+  return newer;
+}
+
 void read_keys(const Json& hf, Json& fields, bool nested) {
   for (const auto& row : key_table()) {
     for (const auto* key : row.keys) {
@@ -79,6 +108,7 @@ void read_keys(const Json& hf, Json& fields, bool nested) {
       break;
     }
   }
+  if (auto rope = rope_dictionary(hf); !rope.is_null()) fields["rope_scaling"] = std::move(rope);
   if (const auto type = hf.find("model_type"); type != hf.end() && type->is_string()) {
     fields[nested ? "llm_model_type" : "hf_model_type"] = *type;
   }
@@ -87,33 +117,35 @@ void read_keys(const Json& hf, Json& fields, bool nested) {
   }
 }
 
-const Json& text_part(const Json& hf) {
+Json& text_part(Json& hf) {
   for (const auto* name : kNested) {
     if (const auto inner = hf.find(name); inner != hf.end() && inner->is_object()) return text_part(*inner);
   }
   return hf;
 }
 
-/// rope_theta and partial_rotary_factor may live inside the scaling dictionary, which may also say nothing at all.
+/// rope_theta and partial_rotary_factor may live inside the RoPE dictionary, which may also say nothing else. They move
+/// out of it, so that an override of rotary_base meets no second value.
 void unpack_rope(Json& fields) {
-  auto rope = fields.find("rope_scaling");
-  if (rope == fields.end()) return;
-  MCB_CHECK(rope->is_object(), "config.json: rope_scaling is ", rope->dump(), ", expected a dictionary");
-  if (rope->contains("type") && !rope->contains("rope_type")) (*rope)["rope_type"] = (*rope)["type"];
-  if (rope->contains("rope_theta")) fields["rotary_base"] = (*rope)["rope_theta"];
-  if (rope->contains("partial_rotary_factor")) fields["partial_rotary_factor"] = (*rope)["partial_rotary_factor"];
-  if (rope->value("rope_type", std::string("default")) == "default") fields.erase("rope_scaling");
+  const auto found = fields.find("rope_scaling");
+  if (found == fields.end()) return;
+  Json rope = std::move(*found);
+  fields.erase(found);
+  auto move_out = [&](const char* key, const char* field) {
+    if (const auto* value = json_find(rope, key)) fields[field] = *value;
+    rope.erase(key);
+  };
+  move_out("rope_theta", "rotary_base");
+  move_out("partial_rotary_factor", "partial_rotary_factor");
+  if (rope["rope_type"] != "default") fields["rope_scaling"] = std::move(rope);
 }
 
 }  // namespace
 
-Json ModelConfig::from_hf(const Json& hf) {
-  MCB_CHECK(hf.is_object(), "config.json: expected an object, found ", hf.type_name());
-  Json fields = Json::object();
-  read_keys(hf, fields, false);
-  if (!fields.contains("hf_model_type")) fail<KeyError>("config.json: model_type is missing");
-  if (!fields.contains("llm_model_type")) fields["llm_model_type"] = fields["hf_model_type"];
-  const auto type = fields["hf_model_type"].get<std::string>();
+Json ModelConfig::from_hf(const Json& hf_config) {
+  MCB_CHECK(hf_config.is_object(), "config.json: expected an object, found ", hf_config.type_name());
+  const auto type = json_string(hf_config, "model_type", "", kFile);
+  if (type.empty()) fail<KeyError>("config.json: model_type is missing");
   const auto* family = find_family(type);
   if (!family) {
     std::string known;
@@ -122,13 +154,24 @@ Json ModelConfig::from_hf(const Json& hf) {
     }
     fail("config.json: model_type '", type, "' is not supported by this version; supported: ", known);
   }
-  if (const auto quantised = hf.find("quantization_config"); quantised != hf.end() && quantised->is_object()) {
-    fail("config.json: quantised checkpoints (", quantised->value("quant_method", std::string("unknown")),
-         ") are not read by this version; use the bfloat16 original");
+  Json hf = hf_config;
+  auto& text = text_part(hf);
+  for (const auto* part : {&hf, &text}) {
+    if (const auto* quantised = json_find(*part, "quantization_config")) {
+      fail("config.json: quantised checkpoints (", json_string(*quantised, "quant_method", "unknown", kFile),
+           ") are not read by this version; use the bfloat16 original");
+    }
   }
+  // An explicit null stays: there it means "none", not "as usual".
+  for (const auto& [key, value] : family->hf_defaults.items()) {
+    if (!text.contains(key)) text[key] = value;
+  }
+  Json fields = Json::object();
+  read_keys(hf, fields, false);
+  if (!fields.contains("llm_model_type")) fields["llm_model_type"] = type;
   fields["mcore_model_type"] = family->name;
   unpack_rope(fields);
-  if (family->configure) family->configure(fields, text_part(hf));
+  if (family->configure) family->configure(fields, text);
   std::string missing;
   for (const char* field :
        {"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "padded_vocab_size"}) {

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <numbers>
 
+#include "config/json_value.h"
 #include "mcore_bridge/error.h"
 
 namespace mcore_bridge {
@@ -16,26 +17,35 @@ class Scaling {
  public:
   explicit Scaling(const ModelConfig& config) : values_(config.rope_scaling) {}
   std::string kind() const {
-    if (!values_.is_object()) return "default";
-    return values_.value("rope_type", values_.value("type", std::string("default")));
+    return json_string(values_, "rope_type", json_string(values_, "type", "default", kField), kField);
   }
-  bool has(const char* key) const { return values_.is_object() && values_.contains(key) && !values_[key].is_null(); }
+  bool has(const char* key) const { return json_find(values_, key) != nullptr; }
   double number(const char* key) const {
     MCB_CHECK(has(key), "rope_scaling: ", kind(), " needs '", key, "'");
-    MCB_CHECK(values_[key].is_number(), "rope_scaling: '", key, "' is ", values_[key].dump(), ", expected a number");
-    return values_[key].get<double>();
+    return json_number(values_, key, 0, kField);
+  }
+  double positive(const char* key) const {
+    const auto value = number(key);
+    MCB_CHECK(value > 0, "rope_scaling: '", key, "' is ", value, ", expected a positive number");
+    return value;
   }
   double number(const char* key, double otherwise) const { return has(key) ? number(key) : otherwise; }
-  bool flag(const char* key, bool otherwise) const { return has(key) ? values_[key].get<bool>() : otherwise; }
+  bool flag(const char* key, bool otherwise) const { return json_bool(values_, key, otherwise, kField); }
   std::vector<double> list(const char* key, size_t length) const {
     MCB_CHECK(has(key) && values_[key].is_array(), "rope_scaling: ", kind(), " needs the list '", key, "'");
-    auto result = values_[key].get<std::vector<double>>();
+    std::vector<double> result;
+    for (const auto& item : values_[key]) {
+      MCB_CHECK(item.is_number() && item > 0, "rope_scaling: '", key, "' has ", item.dump(),
+                ", expected positive numbers");
+      result.push_back(item.get<double>());
+    }
     MCB_CHECK(result.size() == length, "rope_scaling: '", key, "' has ", result.size(), " entries, expected ", length,
               " (one per rotated pair)");
     return result;
   }
 
  private:
+  static constexpr const char* kField = "rope_scaling";
   const Json& values_;
 };
 
@@ -57,29 +67,31 @@ std::vector<float> inverse(std::vector<float> values) {
 }
 
 int64_t needed_length(const ModelConfig& config, const Scaling& scaling) {
-  if (scaling.has("original_max_position_embeddings"))
-    return static_cast<int64_t>(scaling.number("original_max_position_embeddings"));
+  // The config's own field wins over the dictionary's, as in Transformers (Phi-3).
   if (config.original_max_position_embeddings) return *config.original_max_position_embeddings;
+  if (scaling.has("original_max_position_embeddings"))
+    return static_cast<int64_t>(scaling.positive("original_max_position_embeddings"));
   MCB_CHECK(config.max_position_embeddings, "rope_scaling: ", scaling.kind(), " needs max_position_embeddings");
   return *config.max_position_embeddings;
 }
 
 RopeFrequencies linear(const ModelConfig& config, const Scaling& scaling, int64_t) {
   auto frequencies = inverse(powers(config.rotary_base, rotated_width(config)));
-  const auto factor = static_cast<float>(scaling.number("factor"));
+  const auto factor = static_cast<float>(scaling.positive("factor"));
   for (auto& value : frequencies) value /= factor;
   return {frequencies, 1};
 }
 
 RopeFrequencies dynamic(const ModelConfig& config, const Scaling& scaling, int64_t seq_len) {
   const auto width = rotated_width(config);
-  MCB_CHECK(config.max_position_embeddings, "rope_scaling: dynamic needs max_position_embeddings");
+  MCB_CHECK(width > 2, "rope_scaling: dynamic needs more than 2 rotated entries per head, found ", width);
   const double exponent = static_cast<double>(width) / static_cast<double>(width - 2);
   double base = config.rotary_base;
   if (scaling.has("alpha")) {
-    base *= std::pow(scaling.number("alpha"), exponent);
+    base *= std::pow(scaling.positive("alpha"), exponent);
   } else {
-    const double factor = scaling.number("factor"), limit = static_cast<double>(*config.max_position_embeddings);
+    MCB_CHECK(config.max_position_embeddings, "rope_scaling: dynamic needs max_position_embeddings");
+    const double factor = scaling.positive("factor"), limit = static_cast<double>(*config.max_position_embeddings);
     const double length = std::max(static_cast<double>(seq_len), limit);
     base *= std::pow(factor * length / limit - (factor - 1), exponent);
   }
@@ -91,7 +103,7 @@ RopeFrequencies yarn(const ModelConfig& config, const Scaling& scaling, int64_t)
   const double original = static_cast<double>(needed_length(config, scaling));
   double factor = 0;
   if (scaling.has("factor")) {
-    factor = scaling.number("factor");
+    factor = scaling.positive("factor");
   } else {
     MCB_CHECK(config.max_position_embeddings, "rope_scaling: yarn needs 'factor' or max_position_embeddings");
     factor = static_cast<double>(*config.max_position_embeddings) / original;
@@ -136,7 +148,7 @@ RopeFrequencies longrope(const ModelConfig& config, const Scaling& scaling, int6
   const auto original = needed_length(config, scaling);
   double factor = 1;
   if (scaling.has("factor")) {
-    factor = scaling.number("factor");
+    factor = scaling.positive("factor");
   } else if (config.max_position_embeddings) {
     factor = static_cast<double>(*config.max_position_embeddings) / static_cast<double>(original);
   }
@@ -149,8 +161,9 @@ RopeFrequencies longrope(const ModelConfig& config, const Scaling& scaling, int6
 }
 
 RopeFrequencies llama3(const ModelConfig& config, const Scaling& scaling, int64_t) {
-  const float factor = static_cast<float>(scaling.number("factor"));
-  const double low = scaling.number("low_freq_factor"), high = scaling.number("high_freq_factor");
+  const float factor = static_cast<float>(scaling.positive("factor"));
+  const double low = scaling.positive("low_freq_factor"), high = scaling.positive("high_freq_factor");
+  MCB_CHECK(low < high, "rope_scaling: low_freq_factor ", low, " must be below high_freq_factor ", high);
   const double original = static_cast<double>(needed_length(config, scaling));
   auto frequencies = inverse(powers(config.rotary_base, rotated_width(config)));
   for (auto& value : frequencies) {

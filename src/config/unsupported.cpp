@@ -8,87 +8,105 @@
 namespace mcore_bridge {
 namespace {
 
-struct Neutral {
+/// A field that Megatron's configs have and ModelConfig has not. null is always accepted.
+struct Known {
   const char* name;
-  std::vector<Json> values;  ///< accepted besides null; empty: any value, it is only a hint
+  bool any_value;            ///< nothing depends on it here
+  std::vector<Json> values;  ///< otherwise: the values that leave the feature off
 };
 
-const std::vector<Neutral>& table() {
-  static const std::vector<Neutral> rows = {
-      // Hints about speed: any value gives the same numbers.
-      {"apply_rope_fusion", {}},
-      {"bias_dropout_fusion", {}},
-      {"bias_activation_fusion", {}},
-      {"masked_softmax_fusion", {}},
-      {"gradient_accumulation_fusion", {}},
-      {"cross_entropy_loss_fusion", {}},
-      {"attention_backend", {}},
-      {"persist_layer_norm", {}},
-      {"overlap_p2p_comm", {}},
-      {"batch_p2p_comm", {}},
-      {"deallocate_pipeline_outputs", {}},
-      {"variable_seq_lengths", {}},
-      {"use_cpu_initialization", {}},
-      {"pipeline_dtype", {}},
-      {"moe_grouped_gemm", {}},
-      {"moe_permute_fusion", {}},
-      {"moe_router_dtype", {}},
-      {"moe_token_dispatcher_type", {}},
-      {"apply_query_key_layer_scaling", {false}},
-      {"calculate_per_token_loss", {}},
-      {"vit_attn_impl", {}},
-      {"tp_comm_overlap", {}},
-      {"moe_shared_expert_overlap", {}},
-      // Features of later versions: only what leaves them off.
-      {"num_moe_experts", {}},
-      {"moe_layer_freq", {1, "1"}},
-      {"moe_ffn_hidden_size", {}},
-      {"moe_router_topk", {}},
-      {"moe_aux_loss_coeff", {0, 0.0}},
-      {"moe_z_loss_coeff", {0, 0.0}},
-      {"moe_shared_expert_intermediate_size", {0}},
-      {"multi_latent_attention", {false}},
-      {"linear_attention_freq", {}},
-      {"experimental_attention_variant", {}},
-      {"attention_output_gate", {false}},
-      {"qk_l2_norm", {false}},
-      {"mrope_section", {}},
-      {"mrope_interleaved", {false}},
-      {"quick_geglu", {false}},
-      {"activation_func_clamp_value", {}},
-      {"glu_linear_offset", {0, 0.0}},
-      {"num_labels", {}},
-      {"mlp_padding_free", {false}},
-      {"mtp_num_layers", {0}},
-      {"mtp_shared_weights", {false}},
-      {"mtp_decoder_input_detach", {false}},
-      {"fp8", {false}},
-      {"fp8_recipe", {"delayed"}},
-      {"fp8_param", {false}},
-      {"fp4", {false}},
-      {"cp_comm_type", {"p2p"}},
-      {"pipeline_model_parallel_layout", {}},
-      {"recompute_granularity", {"none"}},
-      {"recompute_method", {}},
-      {"recompute_num_layers", {}},
-      {"recompute_modules", {}},
+Known hint(const char* name) { return {name, true, {}}; }
+Known off(const char* name, std::vector<Json> values = {}) { return {name, false, std::move(values)}; }
+
+const std::vector<Known>& table() {
+  static const std::vector<Known> rows = {
+      // Hints about speed, or choices this engine makes itself: any value gives the same numbers.
+      hint("apply_rope_fusion"),
+      hint("bias_dropout_fusion"),
+      hint("bias_activation_fusion"),
+      hint("masked_softmax_fusion"),
+      hint("gradient_accumulation_fusion"),
+      hint("cross_entropy_loss_fusion"),
+      hint("attention_backend"),
+      hint("persist_layer_norm"),
+      hint("overlap_p2p_comm"),
+      hint("batch_p2p_comm"),
+      hint("deallocate_pipeline_outputs"),
+      hint("variable_seq_lengths"),
+      hint("use_cpu_initialization"),
+      hint("pipeline_dtype"),
+      hint("calculate_per_token_loss"),
+      hint("vit_attn_impl"),
+      hint("tp_comm_overlap"),
+
+      // Features of later versions, and what sets each up; the latter has no effect while the former is off.
+      off("num_moe_experts"),
+      off("moe_layer_freq", {1, "1"}),
+      off("moe_ffn_hidden_size"),
+      off("moe_aux_loss_coeff", {0}),
+      off("moe_z_loss_coeff", {0}),
+      off("moe_shared_expert_intermediate_size", {0}),
+      off("moe_shared_expert_gate", {false}),
+      off("moe_router_enable_expert_bias", {false}),
+      off("moe_apply_probs_on_input", {false}),
+      off("moe_expert_capacity_factor"),
+      hint("moe_grouped_gemm"),
+      hint("moe_permute_fusion"),
+      hint("moe_router_bias_update_rate"),
+      hint("moe_router_dtype"),
+      hint("moe_router_group_topk"),
+      hint("moe_router_load_balancing_type"),
+      hint("moe_router_num_groups"),
+      hint("moe_router_pre_softmax"),
+      hint("moe_router_score_function"),
+      hint("moe_router_topk"),
+      hint("moe_router_topk_scaling_factor"),
+      hint("moe_shared_expert_overlap"),
+      hint("moe_token_dispatcher_type"),
+      off("multi_latent_attention", {false}),
+      hint("q_lora_rank"),
+      hint("kv_lora_rank"),
+      hint("qk_head_dim"),
+      hint("qk_pos_emb_head_dim"),
+      hint("v_head_dim"),
+      off("linear_attention_freq"),
+      hint("linear_num_key_heads"),
+      hint("linear_num_value_heads"),
+      hint("linear_key_head_dim"),
+      hint("linear_value_head_dim"),
+      hint("linear_conv_kernel_dim"),
+      hint("linear_decoupled_in_proj"),
+      off("experimental_attention_variant"),
+      hint("dsa_indexer_n_heads"),
+      hint("dsa_indexer_head_dim"),
+      hint("dsa_indexer_topk"),
+      hint("dsa_indexer_loss_coeff"),
+      hint("dsa_indexer_use_sparse_loss"),
+      hint("dsa_indexer_rotary_interleaved"),
+      off("mtp_num_layers", {0}),
+      hint("mtp_loss_scaling_factor"),
+      hint("mtp_shared_weights"),
+      hint("mtp_decoder_input_detach"),
+      hint("mtp_unroll_steps"),
+      off("fp8", {false}),
+      hint("fp8_recipe"),
+      off("fp8_param", {false}),
+      off("fp4", {false}),
+      hint("recompute_modules"),
+      off("apply_query_key_layer_scaling", {false}),
+      off("attention_output_gate", {false}),
+      off("qk_l2_norm", {false}),
+      off("mrope_section"),
+      off("mrope_interleaved", {false}),
+      off("quick_geglu", {false}),
+      off("activation_func_clamp_value"),
+      off("glu_linear_offset", {0}),
+      off("num_labels"),
+      off("mlp_padding_free", {false}),
+      off("cp_comm_type", {"p2p"}),
+      off("pipeline_model_parallel_layout"),
   };
   return rows;
-}
-
-/// Fields whose row above means "no value but null": the list of neutral values is empty and any value would matter.
-bool only_null(const std::string& name) {
-  static const char* const names[] = {"num_moe_experts",
-                                      "moe_ffn_hidden_size",
-                                      "linear_attention_freq",
-                                      "experimental_attention_variant",
-                                      "mrope_section",
-                                      "activation_func_clamp_value",
-                                      "num_labels",
-                                      "pipeline_model_parallel_layout",
-                                      "recompute_method",
-                                      "recompute_num_layers"};
-  return std::find(std::begin(names), std::end(names), name) != std::end(names);
 }
 
 size_t edit_distance(const std::string& a, const std::string& b) {
@@ -111,7 +129,7 @@ size_t edit_distance(const std::string& a, const std::string& b) {
 void check_unsupported(const std::string& name, const Json& value) {
   for (const auto& row : table()) {
     if (name != row.name) continue;
-    if (value.is_null() || (row.values.empty() && !only_null(name))) return;
+    if (value.is_null() || row.any_value) return;
     if (std::find(row.values.begin(), row.values.end(), value) != row.values.end()) return;
     std::string accepted = "null";
     for (const auto& neutral : row.values) accepted += ", " + neutral.dump();

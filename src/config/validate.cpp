@@ -1,6 +1,7 @@
 // ModelConfig::finalize: derived values, then every rule a config must keep.
 #include <algorithm>
 
+#include "config/json_value.h"
 #include "config/rope_scaling.h"
 #include "mcore_bridge/error.h"
 #include "mcore_bridge/model_config.h"
@@ -30,14 +31,18 @@ void check_supported(const ModelConfig& c) {
             " is not supported by this version (only 1)");
   MCB_CHECK(c.expert_model_parallel_size == 1, "ModelConfig.expert_model_parallel_size: ", c.expert_model_parallel_size,
             " needs a mixture-of-experts model, which this version does not have");
+  const auto expert_tensor = c.expert_tensor_parallel_size.value_or(1);
+  MCB_CHECK(expert_tensor == 1 || expert_tensor == c.tensor_model_parallel_size,
+            "ModelConfig.expert_tensor_parallel_size: ", expert_tensor,
+            " needs a mixture-of-experts model, which this version does not have; leave it out");
 }
 
-/// The numbers up to `most` that divide every one of `values`.
-std::string common_divisors(std::initializer_list<int64_t> values, int64_t most) {
+/// The numbers from 1 to `most` that `works` accepts.
+template <class Works>
+std::string numbers_that_work(int64_t most, Works works) {
   std::string text;
-  for (int64_t d = 1; d <= most; ++d) {
-    if (std::all_of(values.begin(), values.end(), [&](int64_t v) { return v % d == 0; }))
-      text += (text.empty() ? "" : ", ") + std::to_string(d);
+  for (int64_t n = 1; n <= most; ++n) {
+    if (works(n)) text += (text.empty() ? "" : ", ") + std::to_string(n);
   }
   return text;
 }
@@ -59,6 +64,9 @@ void check_ranges(const ModelConfig& c) {
   positive("virtual_pipeline_model_parallel_size", c.virtual_stages());
   positive("context_parallel_size", c.context_parallel_size);
   positive("expert_model_parallel_size", c.expert_model_parallel_size);
+  positive("expert_tensor_parallel_size", c.expert_tensor_parallel_size.value_or(1));
+  positive("max_position_embeddings", c.max_position_embeddings.value_or(1));
+  positive("original_max_position_embeddings", c.original_max_position_embeddings.value_or(1));
   auto probability = [](const char* field, double value) {
     MCB_CHECK(value >= 0 && value < 1, "ModelConfig.", field, ": ", value, " must be in [0, 1)");
   };
@@ -82,19 +90,44 @@ void check_ranges(const ModelConfig& c) {
   if (!c.no_rope_freq.empty()) c.no_rope_freq.expand(c.num_layers, 1, "no_rope_freq");
   MCB_CHECK(c.num_attention_heads % c.query_groups() == 0, "ModelConfig.num_query_groups: ", c.query_groups(),
             " does not divide num_attention_heads ", c.num_attention_heads);
+  auto agrees = [&](const char* key, const char* field, double value) {
+    const auto inside = json_number(c.rope_scaling, key, value, "ModelConfig.rope_scaling");
+    MCB_CHECK(inside == value, "ModelConfig.rope_scaling: its ", key, " ", inside, " contradicts ", field, " ", value,
+              "; give ", field, " alone");
+  };
+  agrees("rope_theta", "rotary_base", c.rotary_base);
+  agrees("partial_rotary_factor", "rotary_percent", share);
   if (c.position_embedding_type == "rope") rope_frequencies(c, c.max_position_embeddings.value_or(1));
+}
+
+void check_recompute(const ModelConfig& c) {
+  const auto granularity = c.recompute_granularity.value_or("none"), method = c.recompute_method.value_or("uniform");
+  MCB_CHECK(granularity == "none" || granularity == "full", "ModelConfig.recompute_granularity: '", granularity,
+            "' is not supported by this version; supported: full, none");
+  MCB_CHECK(method == "uniform" || method == "block", "ModelConfig.recompute_method: '", method,
+            "' is not one of uniform, block");
+  MCB_CHECK(granularity == "full" || (!c.recompute_method && !c.recompute_num_layers),
+            "ModelConfig.recompute_method and recompute_num_layers need recompute_granularity 'full'");
+  MCB_CHECK(c.recompute_num_layers.value_or(1) > 0, "ModelConfig.recompute_num_layers: must be at least 1");
+  MCB_CHECK(granularity != "full" || method != "block" || c.recompute_num_layers,
+            "ModelConfig.recompute_num_layers: recompute_method 'block' needs it");
 }
 
 void check_tensor_parallel(const ModelConfig& c) {
   const auto tp = c.tensor_model_parallel_size, heads = c.num_attention_heads, groups = c.query_groups();
+  const auto shares_groups = [&](int64_t n) { return groups % n == 0 || n % groups == 0; };
+  const auto advice = [&] {
+    return "; use one of " + numbers_that_work(heads, [&](int64_t n) {
+             return heads % n == 0 && c.ffn_hidden_size % n == 0 && shares_groups(n);
+           });
+  };
   auto divides = [&](const char* field, int64_t value) {
-    MCB_CHECK(value % tp == 0, "tensor_model_parallel_size ", tp, " does not divide ", field, " ", value,
-              "; use one of ", common_divisors({heads, c.ffn_hidden_size}, heads));
+    MCB_CHECK(value % tp == 0, "tensor_model_parallel_size ", tp, " does not divide ", field, " ", value, advice());
   };
   divides("num_attention_heads", heads);
   divides("ffn_hidden_size", c.ffn_hidden_size);
-  MCB_CHECK(groups % tp == 0 || tp % groups == 0, "tensor_model_parallel_size ", tp, " and num_query_groups ", groups,
-            ": one must divide the other");
+  MCB_CHECK(shares_groups(tp), "tensor_model_parallel_size ", tp, " and num_query_groups ", groups,
+            ": one must divide the other", advice());
 }
 
 void check_pipeline(const ModelConfig& c) {
@@ -123,19 +156,23 @@ void check_pipeline(const ModelConfig& c) {
   }
   const auto counted = c.num_layers + (c.account_for_embedding_in_pipeline_split ? 1 : 0) +
                        (c.account_for_loss_in_pipeline_split ? 1 : 0);
-  MCB_CHECK(counted % (stages * chunks) == 0, "pipeline_model_parallel_size ", stages,
-            (chunks > 1 ? " x virtual stages " + std::to_string(chunks) : ""), " does not divide num_layers ",
-            c.num_layers, accounts ? " (with embedding/loss counted as layers)" : "", "; use one of ",
-            common_divisors({counted}, counted),
+  // With embedding or loss counted, a chunk of one "layer" would hold no decoder layer.
+  const auto works = [&](int64_t n) {
+    return counted % (n * chunks) == 0 && (!accounts || n * chunks == 1 || counted / (n * chunks) > 1);
+  };
+  MCB_CHECK(works(stages), "pipeline_model_parallel_size ", stages,
+            (chunks > 1 ? " x virtual stages " + std::to_string(chunks) : ""), " does not split num_layers ",
+            c.num_layers, accounts ? " (with embedding/loss counted as layers)" : "", " evenly; use one of ",
+            numbers_that_work(counted, works),
             ", or set num_layers_in_first_pipeline_stage / num_layers_in_last_pipeline_stage");
-  MCB_CHECK(counted / (stages * chunks) > (accounts ? 1 : 0), "pipeline_model_parallel_size ", stages,
-            ": a stage would hold no layer");
 }
 
 }  // namespace
 
 void ModelConfig::finalize() {
   MCB_CHECK(!(fp16 && bf16), "ModelConfig: fp16 and bf16 exclude each other");
+  MCB_CHECK(!(fp16 && params_dtype == at::kBFloat16) && !(bf16 && params_dtype == at::kHalf),
+            "ModelConfig: ", fp16 ? "fp16" : "bf16", " contradicts params_dtype ", fp16 ? "bfloat16" : "float16");
   if (fp16) params_dtype = at::kHalf;
   if (bf16) params_dtype = at::kBFloat16;
   fp16 = params_dtype == at::kHalf;
@@ -149,6 +186,7 @@ void ModelConfig::finalize() {
   }
   check_supported(*this);
   check_ranges(*this);
+  check_recompute(*this);
   check_tensor_parallel(*this);
   check_pipeline(*this);
 }

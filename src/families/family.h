@@ -18,6 +18,8 @@ struct FamilySpec {
   std::vector<WeightRule> (*layer_weights)(const ModelConfig& config, int64_t layer) = nullptr;
   std::string documentation;         ///< one line for the model list
   std::string hf_prefix = "model.";  ///< before layers, embed_tokens and norm
+  /// What Transformers' config class assumes for keys that config.json leaves out, where ModelConfig's default differs.
+  Json hf_defaults = Json::object();
 };
 
 /// The visible table.

@@ -1,11 +1,13 @@
+#include "config/json_value.h"
 #include "families/table.h"
 
 namespace mcore_bridge {
 namespace {
 
-void configure(Json& values, const Json&) {
+void configure(Json& values, const Json& hf) {
   // attention_bias puts a bias on all four projections.
-  values["add_attention_proj_bias"] = values.value("add_qkv_bias", false);
+  const bool attention = json_bool(hf, "attention_bias", false, "config.json");
+  set_biases(values, attention, attention, json_bool(hf, "mlp_bias", false, "config.json"));
 }
 
 }  // namespace
@@ -15,7 +17,8 @@ FamilySpec llama_family() {
           .model_types = {"llama"},
           .configure = configure,
           .layer_weights = dense_decoder_layer,
-          .documentation = "Llama 2 and 3, Yi, SmolLM2 and others of the llama type"};
+          .documentation = "Llama 2 and 3, Yi, SmolLM2 and others of the llama type",
+          .hf_defaults = {{"rms_norm_eps", 1e-6}, {"max_position_embeddings", 2048}}};
 }
 
 }  // namespace mcore_bridge

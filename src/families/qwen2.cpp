@@ -4,8 +4,8 @@ namespace mcore_bridge {
 namespace {
 
 void configure(Json& values, const Json& hf) {
-  values["add_qkv_bias"] = true;  // always, and never on the output projection
-  if (hf.value("use_sliding_window", false)) configure_sliding_window(values, hf);
+  set_biases(values, true, false, false);
+  set_window_on_some_layers(values, hf);
 }
 
 }  // namespace
@@ -15,7 +15,12 @@ FamilySpec qwen2_family() {
           .model_types = {"qwen2"},
           .configure = configure,
           .layer_weights = dense_decoder_layer,
-          .documentation = "Qwen1.5, Qwen2 and Qwen2.5 dense models"};
+          .documentation = "Qwen1.5, Qwen2 and Qwen2.5 dense models",
+          .hf_defaults = {{"rms_norm_eps", 1e-6},
+                          {"max_position_embeddings", 32768},
+                          {"num_key_value_heads", 32},
+                          {"sliding_window", 4096},
+                          {"max_window_layers", 28}}};
 }
 
 }  // namespace mcore_bridge

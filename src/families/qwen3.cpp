@@ -1,3 +1,4 @@
+#include "config/json_value.h"
 #include "families/table.h"
 
 namespace mcore_bridge {
@@ -5,8 +6,9 @@ namespace {
 
 void configure(Json& values, const Json& hf) {
   values["qk_layernorm"] = true;
-  values["add_attention_proj_bias"] = values.value("add_qkv_bias", false);
-  if (hf.value("use_sliding_window", false)) configure_sliding_window(values, hf);
+  const bool attention = json_bool(hf, "attention_bias", false, "config.json");
+  set_biases(values, attention, attention, false);
+  set_window_on_some_layers(values, hf);
 }
 
 }  // namespace
@@ -16,7 +18,13 @@ FamilySpec qwen3_family() {
           .model_types = {"qwen3"},
           .configure = configure,
           .layer_weights = dense_decoder_layer,
-          .documentation = "Qwen3 dense models"};
+          .documentation = "Qwen3 dense models",
+          .hf_defaults = {{"rms_norm_eps", 1e-6},
+                          {"max_position_embeddings", 32768},
+                          {"num_key_value_heads", 32},
+                          {"head_dim", 128},
+                          {"sliding_window", 4096},
+                          {"max_window_layers", 28}}};
 }
 
 }  // namespace mcore_bridge

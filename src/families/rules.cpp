@@ -1,6 +1,5 @@
 // Weight rules that families share, and the assembly of a chunk's rules.
 #include "families/family.h"
-#include "families/table.h"
 #include "mcore_bridge/error.h"
 
 namespace mcore_bridge {
@@ -121,23 +120,6 @@ std::vector<WeightRule> chunk_weights(const ModelConfig& config, const ChunkPlac
     rules.push_back(std::move(tied));
   }
   return rules;
-}
-
-void configure_sliding_window(Json& values, const Json& hf) {
-  const auto window = hf.find("sliding_window");
-  if (window == hf.end() || window->is_null()) return;
-  MCB_CHECK(window->is_number_integer() && *window > 0, "config.json: sliding_window is ", window->dump(),
-            ", expected a positive number");
-  // Transformers counts the token itself: token i sees keys j with i - j < sliding_window.
-  values["window_size"] = Json::array({window->get<int64_t>() - 1, 0});
-  Json flags = Json::array();
-  if (const auto types = hf.find("layer_types"); types != hf.end() && types->is_array()) {
-    for (const auto& type : *types) flags.push_back(type == "sliding_attention" ? 1 : 0);
-  } else if (hf.contains("max_window_layers") && hf.contains("num_hidden_layers")) {
-    const auto layers = hf["num_hidden_layers"].get<int64_t>(), full = hf["max_window_layers"].get<int64_t>();
-    for (int64_t layer = 0; layer < layers; ++layer) flags.push_back(layer >= full ? 1 : 0);
-  }
-  if (!flags.empty()) values["window_attn_skip_freq"] = flags;
 }
 
 }  // namespace mcore_bridge

@@ -21,10 +21,12 @@ const FamilySpec* find_family(const std::string& model_type) {
 }
 
 const FamilySpec& family_of(const ModelConfig& config) {
+  // The original has one family, "gpt", for everything of the ordinary shape; the model_type tells which.
+  const auto name = config.mcore_model_type.value_or("gpt");
   for (const auto& family : families()) {
-    if (config.mcore_model_type == family.name) return family;
+    if (name == family.name) return family;
   }
-  const auto* family = config.hf_model_type ? find_family(*config.hf_model_type) : nullptr;
+  const auto* family = name == "gpt" && config.hf_model_type ? find_family(*config.hf_model_type) : nullptr;
   if (family) return *family;
   std::string known;
   for (const auto& spec : families()) known += (known.empty() ? "" : ", ") + spec.name;

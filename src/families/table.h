@@ -10,7 +10,11 @@ FamilySpec mistral_family();
 FamilySpec qwen2_family();
 FamilySpec qwen3_family();
 
-/// Window fields from `sliding_window`; the layers that have it from `layer_types` when the config lists them.
-void configure_sliding_window(Json& values, const Json& hf);
+/// Which linear layers have a bias, whatever the common key table made of the config's flags.
+void set_biases(Json& values, bool qkv, bool attention_proj, bool mlp);
+/// `sliding_window` on every layer; null: none.
+void set_window_on_all_layers(Json& values, const Json& hf);
+/// `sliding_window`, if `use_sliding_window`, on the layers that `layer_types` names, else from `max_window_layers` on.
+void set_window_on_some_layers(Json& values, const Json& hf);
 
 }  // namespace mcore_bridge

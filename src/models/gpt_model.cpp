@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "layers/cross_entropy.h"
+#include "layers/recompute.h"
 #include "mcore_bridge/error.h"
 #include "parallel/collectives.h"
 
@@ -115,6 +116,26 @@ AttentionInput GPTModel::attention_input(const ForwardInput& input) const {
   return result;
 }
 
+at::Tensor GPTModel::run_layers(at::Tensor x, const AttentionInput& attention) {
+  const bool again = config_.recompute_granularity == "full" && at::GradMode::is_enabled();
+  const bool block = config_.recompute_method == "block";
+  const auto count = layers_.size(), given = static_cast<size_t>(config_.recompute_num_layers.value_or(1));
+  const size_t unit = again && !block ? given : 1;
+  const size_t recomputed = !again ? 0 : block ? std::min(given, count) : count;
+  // With a frozen embedding nothing else would tell autograd that the layers hold trainable parameters.
+  if (recomputed > 0 && !x.requires_grad()) x = x.detach().requires_grad_(true);
+  for (size_t first = 0; first < count; first += unit) {
+    const auto end = std::min(count, first + unit);
+    auto run = [this, first, end, attention](const at::Tensor& input) {
+      auto y = input;
+      for (size_t i = first; i < end; ++i) y = layers_[i]->forward(y, attention);
+      return y;
+    };
+    x = first < recomputed ? recompute(run, x) : run(x);
+  }
+  return x;
+}
+
 at::Tensor GPTModel::forward(const ForwardInput& input, bool gather_output) {
   at::Tensor x;
   if (embedding_) {
@@ -132,7 +153,7 @@ at::Tensor GPTModel::forward(const ForwardInput& input, bool gather_output) {
     x = input.hidden;
   }
   const auto attention = attention_input(input);
-  for (auto& layer : layers_) x = layer->forward(x, attention);
+  x = run_layers(std::move(x), attention);
   if (!output_) return x;
 
   x = final_norm_->forward(x);

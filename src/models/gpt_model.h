@@ -53,6 +53,7 @@ class GPTModel : public Module {
 
  private:
   AttentionInput attention_input(const ForwardInput& input) const;
+  at::Tensor run_layers(at::Tensor x, const AttentionInput& attention);
 
   ModelConfig config_;
   ParallelStatePtr parallel_;

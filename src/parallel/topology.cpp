@@ -45,6 +45,12 @@ const std::vector<GroupKind>& all_group_kinds() {
 }
 
 Topology::Topology(ParallelSizes sizes, int world_size) : sizes_(sizes), world_size_(world_size) {
+  // Sizes beyond any machine stop growing the product here, so that it cannot overflow.
+  auto product = [](std::initializer_list<int64_t> factors) {
+    int64_t result = 1;
+    for (const auto factor : factors) result = std::min(result * factor, int64_t{1} << 31);
+    return result;
+  };
   MCB_CHECK(world_size > 0, "world size ", world_size, " must be positive");
   auto positive = [](const char* name, int value) { MCB_CHECK(value > 0, name, ": ", value, " must be at least 1"); };
   positive("tensor_model_parallel_size", sizes.tensor);
@@ -53,16 +59,16 @@ Topology::Topology(ParallelSizes sizes, int world_size) : sizes_(sizes), world_s
   positive("context_parallel_size", sizes.context);
   positive("expert_model_parallel_size", sizes.expert);
   positive("expert_tensor_parallel_size", sizes.expert_tensor);
-  const int model = sizes.tensor * sizes.context * sizes.pipeline;
+  const int64_t model = product({sizes.tensor, sizes.context, sizes.pipeline});
   MCB_CHECK(world_size % model == 0, "tensor_model_parallel_size ", sizes.tensor, " x context_parallel_size ",
             sizes.context, " x pipeline_model_parallel_size ", sizes.pipeline, " = ", model, " does not divide the ",
             world_size, " processes; the product must be one of ", divisors(world_size));
-  const int expert = sizes.expert_tensor * sizes.expert * sizes.pipeline;
+  const int64_t expert = product({sizes.expert_tensor, sizes.expert, sizes.pipeline});
   MCB_CHECK(world_size % expert == 0, "expert_tensor_parallel_size ", sizes.expert_tensor,
             " x expert_model_parallel_size ", sizes.expert, " x pipeline_model_parallel_size ", sizes.pipeline, " = ",
             expert, " does not divide the ", world_size, " processes; the product must be one of ",
             divisors(world_size));
-  sizes_.data = world_size / model;
+  sizes_.data = static_cast<int>(world_size / model);
 }
 
 RankCoordinates Topology::coordinates(int rank) const {

@@ -37,6 +37,7 @@ VARIANTS = {
         packed=True,
         lora=dict(r=3, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "v_proj", "down_proj", "linear_proj"]),
     ),
+    "recompute": dict(lora=dict(r=4, lora_alpha=8), fields=dict(recompute_granularity="full", recompute_num_layers=2)),
     "mean_of_means": dict(options=dict(calculate_per_token_loss=False, clip_grad=0.1)),
 }
 

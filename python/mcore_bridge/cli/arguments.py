@@ -74,6 +74,13 @@ class TrainArguments(ModelArguments):
     train_iters: Optional[int] = flag(None, "optimizer steps; default: from num_train_epochs")
     num_train_epochs: Optional[float] = flag(None, "passes over the data (default 1 without train_iters)")
     seed: int = flag(42, "seed of adapters, random weights and dropout")
+    recompute_granularity: Literal["none", "full"] = flag(
+        "none", "full: keep only the layers' inputs and compute the rest again in backward (less memory, about a third more work)"
+    )
+    recompute_method: Optional[Literal["uniform", "block"]] = flag(
+        None, "every recompute_num_layers layers together, or only the first ones"
+    )
+    recompute_num_layers: Optional[int] = flag(None, "layers of a unit (uniform) or recomputed per stage (block)")
     deterministic_mode: bool = flag(False, "the same bits in every run on GPUs too, at some speed")
     calculate_per_token_loss: bool = flag(True, "every token of the global batch counts alike (false: every micro-batch)")
 

@@ -9,7 +9,7 @@ NEUTRAL = {
     "mcore_adapter": [], "ref_model": [], "ref_adapters": [], "save_missing_weights": [False], "offload_bridge": [False],
     "language_model_only": [False], "linear_decoupled_in_proj": [False], "apply_wd_to_qk_layernorm": [False],
     # recomputation, fusions, memory
-    "recompute_granularity": ["none"], "recompute_method": [], "recompute_num_layers": [], "recompute_modules": None, "manual_gc": None,
+    "recompute_modules": None, "manual_gc": None,
     "manual_gc_steps": None, "manual_gc_eval": None, "attention_backend": None, "masked_softmax_fusion": None, "bias_dropout_fusion": None,
     "bias_activation_fusion": None, "apply_rope_fusion": None, "gradient_accumulation_fusion": None, "cross_entropy_loss_fusion": None,
     "cross_entropy_fusion_impl": None,

@@ -86,7 +86,13 @@ class Run:
         self.arguments, self.folder = arguments, folder
         from .session import build_config, load_adapter
 
-        self.config = build_config(arguments, folder)
+        self.config = build_config(
+            arguments,
+            folder,
+            recompute_granularity=arguments.recompute_granularity,
+            recompute_method=arguments.recompute_method,
+            recompute_num_layers=arguments.recompute_num_layers,
+        )
         self.state = mb.get_parallel_state()
         if arguments.deterministic_mode:
             import torch
@@ -170,7 +176,7 @@ class Run:
             f"{self.config.hf_model_type}: {total:,} parameters on this rank, {trained:,} trained; {layout}; {self.config.params_dtype}\n"
             f"data: {len(self.units.samples):,} samples, {self.units.tokens:,} tokens, {len(self.units):,} {kind}; {self.train_iters} steps of "
             f"{a.global_batch_size}\n"
-            f"TFLOP/s count 6 FLOPs per matrix weight and token ({'4: the base is frozen' if self.lora else 'forward and backward'}) and causal attention halved"
+            f"TFLOP/s per process count 6 FLOPs per matrix weight and token ({'4: the base is frozen' if self.lora else 'forward and backward'}) and causal attention halved"
         )
 
     def train(self):

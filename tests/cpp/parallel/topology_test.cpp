@@ -56,6 +56,8 @@ TEST(Topology, RefusesWhatDoesNotDivide) {
   EXPECT_THROW(Topology({.expert = 3}, 4), ValueError);
   EXPECT_THROW(Topology({.tensor = 0}, 4), ValueError);
   EXPECT_THROW(Topology({}, 4).coordinates(4), ValueError);
+  EXPECT_THROW(Topology({.tensor = 65536, .pipeline = 65536}, 4), ValueError) << "the product overflows int";
+  EXPECT_THROW(Topology({.expert = 65536, .expert_tensor = 65536}, 4), ValueError);
 }
 
 }  // namespace mcore_bridge

@@ -1,0 +1,57 @@
+// Readings of config.json that several families share.
+#include "config/json_value.h"
+#include "families/table.h"
+#include "mcore_bridge/error.h"
+
+namespace mcore_bridge {
+namespace {
+
+constexpr const char* kFile = "config.json";
+
+/// Transformers counts the token itself: token i sees keys j with i - j < sliding_window.
+Json window_of(const Json& hf) {
+  const auto window = json_int(hf, "sliding_window", 0, kFile);
+  MCB_CHECK(window > 0, "config.json: sliding_window is ", window, ", expected a positive number");
+  return Json::array({window - 1, 0});
+}
+
+}  // namespace
+
+void set_biases(Json& values, bool qkv, bool attention_proj, bool mlp) {
+  values["add_qkv_bias"] = qkv;
+  values["add_attention_proj_bias"] = attention_proj;
+  values["add_mlp_bias"] = mlp;
+}
+
+void set_window_on_all_layers(Json& values, const Json& hf) {
+  if (json_find(hf, "sliding_window")) values["window_size"] = window_of(hf);
+}
+
+void set_window_on_some_layers(Json& values, const Json& hf) {
+  const bool on = json_bool(hf, "use_sliding_window", false, kFile) && json_find(hf, "sliding_window");
+  const auto layers = json_int(hf, "num_hidden_layers", 0, kFile);
+  Json flags = Json::array();
+  bool any = false;
+  if (const auto* types = json_find(hf, "layer_types")) {
+    MCB_CHECK(types->is_array() && static_cast<int64_t>(types->size()) == layers,
+              "config.json: layer_types must list one word for each of the ", layers, " layers, found ", types->dump());
+    for (const auto& type : *types) {
+      MCB_CHECK(type == "sliding_attention" || type == "full_attention", "config.json: layer_types has ", type.dump(),
+                "; supported: full_attention, sliding_attention");
+      flags.push_back(type == "sliding_attention" ? 1 : 0);
+      any = any || flags.back() == 1;
+    }
+    MCB_CHECK(on || !any,
+              "config.json: layer_types names sliding_attention, but use_sliding_window is off or "
+              "sliding_window null");
+  } else {
+    const auto full = json_int(hf, "max_window_layers", 0, kFile);
+    for (int64_t layer = 0; on && layer < layers; ++layer) flags.push_back(layer >= full ? 1 : 0);
+    any = on && layers > full;
+  }
+  if (!any) return;
+  values["window_size"] = window_of(hf);
+  values["window_attn_skip_freq"] = std::move(flags);
+}
+
+}  // namespace mcore_bridge

@@ -1,0 +1,15 @@
+// Activation recomputation: keep a block's input, run the block again in backward.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+
+namespace mcore_bridge {
+
+/// f(x), without keeping what f computes in between. Backward runs f again, with the random numbers of the first time
+/// (so dropout draws alike), and differentiates it. `x` must require gradients; parameters inside f accumulate as
+/// usual.
+at::Tensor recompute(std::function<at::Tensor(const at::Tensor&)> f, const at::Tensor& x);
+
+}  // namespace mcore_bridge

@@ -1,0 +1,167 @@
+#include <gtest/gtest.h>
+
+#include "mcore_bridge/error.h"
+#include "mcore_bridge/model_config.h"
+
+namespace mcore_bridge {
+namespace {
+
+ModelConfig make(const Json& changes) {
+  Json fields = {{"num_layers", 12},          {"hidden_size", 96},     {"ffn_hidden_size", 96},
+                 {"num_attention_heads", 12}, {"num_query_groups", 4}, {"padded_vocab_size", 7},
+                 {"hf_model_type", "llama"}};
+  fields.update(changes);
+  auto config = ModelConfig::from_json(fields);
+  config.finalize();
+  return config;
+}
+
+std::string error_of(const Json& changes) {
+  try {
+    make(changes);
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+#define EXPECT_IN(text, part) EXPECT_NE(std::string(text).find(part), std::string::npos) << text
+
+/// The numbers after "use one of" in an error.
+IntList offered(const std::string& text) {
+  const auto start = text.find("use one of ");
+  IntList result;
+  if (start == std::string::npos) return result;
+  std::istringstream words(text.substr(start + 11));
+  for (int64_t n; words >> n; words.ignore(2)) {
+    result.push_back(n);
+    if (words.peek() != ',') break;
+  }
+  return result;
+}
+
+/// A value that is not the field's default, by its type.
+Json another_value(const std::string& name, const std::string& type, const Json& now) {
+  if (type == "bool") return !now.get<bool>();
+  if (type == "int" || type == "int?") return 3;
+  if (type == "float" || type == "float?") return 0.25;
+  if (type == "str" || type == "str?") return "word";
+  if (type == "list[int]") return Json::array({5, 0});
+  if (type == "pattern") return Json::array({1, 0, 1});
+  if (type == "dict?") return Json{{"rope_type", "linear"}, {"factor", 2}};
+  if (type == "dtype") return "bfloat16";
+  ADD_FAILURE() << name << " has the unknown type " << type;
+  return nullptr;
+}
+
+}  // namespace
+
+TEST(Validate, EveryFieldIsReadAndWritten) {
+  for (const auto& field : config_fields()) {
+    const auto name = field["name"].get<std::string>();
+    const auto value = another_value(name, field["type"], field["default"]);
+    EXPECT_NE(value, field["default"]) << name;
+    const auto written = ModelConfig::from_json({{name, value}}).to_json();
+    EXPECT_EQ(written[name], value) << name;
+    EXPECT_EQ(ModelConfig::from_json(written).to_json(), written) << name;
+    EXPECT_EQ(ModelConfig::from_json({{name, nullptr}}).to_json()[name], field["default"]) << name << ": null";
+    EXPECT_FALSE(field["doc"].get<std::string>().empty()) << name;
+  }
+}
+
+TEST(Validate, OfferedSizesWork) {
+  // 3, 6 and 12 divide heads and width, but 3 and 6 share nothing with 4 key/value heads.
+  for (const int bad : {3, 5, 6, 24}) {
+    const auto sizes = offered(error_of({{"tensor_model_parallel_size", bad}}));
+    EXPECT_EQ(sizes, (IntList{1, 2, 4, 12})) << bad;
+    for (const auto size : sizes) EXPECT_EQ(error_of({{"tensor_model_parallel_size", size}}), "no error");
+  }
+  for (const bool accounts : {false, true}) {
+    Json changes = {{"account_for_embedding_in_pipeline_split", accounts},
+                    {"account_for_loss_in_pipeline_split", accounts},
+                    {"pipeline_model_parallel_size", accounts ? 14 : 5}};
+    const auto sizes = offered(error_of(changes));
+    EXPECT_EQ(sizes, accounts ? (IntList{1, 2, 7}) : (IntList{1, 2, 3, 4, 6, 12}));
+    for (const auto size : sizes) {
+      changes["pipeline_model_parallel_size"] = size;
+      EXPECT_EQ(error_of(changes), "no error") << size;
+    }
+  }
+}
+
+TEST(Validate, Contradictions) {
+  EXPECT_IN(error_of({{"fp16", true}, {"bf16", true}}), "exclude");
+  EXPECT_IN(error_of({{"bf16", true}, {"params_dtype", "float16"}}), "params_dtype");
+  EXPECT_IN(error_of({{"fp16", true}, {"params_dtype", "bfloat16"}}), "params_dtype");
+  EXPECT_IN(error_of({{"rope_scaling", {{"rope_type", "default"}, {"rope_theta", 1e6}}}}), "rotary_base");
+  EXPECT_EQ(error_of({{"rope_scaling", {{"rope_type", "default"}, {"rope_theta", 1e4}}}}), "no error");
+  EXPECT_IN(error_of({{"num_layers_in_first_pipeline_stage", 2},
+                      {"account_for_loss_in_pipeline_split", true},
+                      {"pipeline_model_parallel_size", 2}}),
+            "exclude each other");
+  EXPECT_IN(error_of({{"num_layers_in_first_pipeline_stage", 2}}), "pipeline_model_parallel_size above 1");
+  EXPECT_IN(error_of({{"num_layers_in_first_pipeline_stage", 12}, {"pipeline_model_parallel_size", 2}}), "spread");
+  EXPECT_IN(error_of({{"num_layers_in_last_pipeline_stage", -1}, {"pipeline_model_parallel_size", 2}}), "fit");
+}
+
+TEST(Validate, Ranges) {
+  EXPECT_IN(error_of({{"max_position_embeddings", 0}}), "max_position_embeddings");
+  EXPECT_IN(error_of({{"hidden_dropout", -0.1}}), "hidden_dropout");
+  EXPECT_IN(error_of({{"rotary_percent", 1.5}}), "rotary_percent");
+  EXPECT_IN(error_of({{"window_size", {1, 2, 3}}}), "window_size");
+  EXPECT_IN(error_of({{"window_size", {4, 4}}}), "causal");
+  EXPECT_IN(error_of({{"tensor_model_parallel_size", 0}}), "at least 1");
+  EXPECT_IN(error_of({{"pipeline_model_parallel_size", -2}}), "at least 1");
+}
+
+TEST(Validate, FeaturesOfLaterVersions) {
+  for (const Json& change : std::vector<Json>{{{"num_moe_experts", 8}},
+                                              {{"multi_latent_attention", true}},
+                                              {{"mtp_num_layers", 1}},
+                                              {{"cp_comm_type", "a2a"}},
+                                              {{"recompute_granularity", "selective"}},
+                                              {{"moe_shared_expert_gate", true}},
+                                              {{"virtual_pipeline_model_parallel_size", 2}},
+                                              {{"softmax_type", "learnable"}},
+                                              {{"normalization", "LayerNorm"}},
+                                              {{"swiglu", false}}}) {
+    EXPECT_IN(error_of(change), "not supported by this version");
+  }
+  EXPECT_IN(error_of({{"expert_model_parallel_size", 2}}), "mixture-of-experts");
+  EXPECT_IN(error_of({{"expert_tensor_parallel_size", 7}}), "mixture-of-experts");
+  EXPECT_EQ(error_of({{"expert_tensor_parallel_size", 1}, {"tensor_model_parallel_size", 2}}), "no error");
+}
+
+TEST(Validate, MegatronsDefaultsAreAccepted) {
+  const Json defaults = {{"num_moe_experts", nullptr},
+                         {"moe_layer_freq", "1"},
+                         {"moe_router_topk", 2},
+                         {"moe_router_score_function", "softmax"},
+                         {"moe_router_load_balancing_type", "aux_loss"},
+                         {"moe_aux_loss_coeff", 0.0},
+                         {"multi_latent_attention", false},
+                         {"q_lora_rank", nullptr},
+                         {"kv_lora_rank", 32},
+                         {"linear_decoupled_in_proj", false},
+                         {"dsa_indexer_topk", nullptr},
+                         {"mtp_num_layers", 0},
+                         {"mtp_loss_scaling_factor", 0.1},
+                         {"fp8", nullptr},
+                         {"fp8_recipe", "delayed"},
+                         {"cp_comm_type", "p2p"},
+                         {"glu_linear_offset", 0.0},
+                         {"recompute_granularity", nullptr},
+                         {"attention_backend", "flash"}};
+  EXPECT_EQ(error_of(defaults), "no error");
+}
+
+TEST(Validate, DerivedValues) {
+  const auto config = make({{"add_bias_linear", true}, {"sequence_parallel", true}, {"bf16", true}});
+  EXPECT_TRUE(config.add_qkv_bias && config.add_attention_proj_bias && config.add_mlp_bias);
+  EXPECT_FALSE(config.sequence_parallel) << "one tensor rank has nothing to split";
+  EXPECT_EQ(config.params_dtype, at::kBFloat16);
+  EXPECT_EQ(config.kv_channels, 8);
+  EXPECT_TRUE(make({{"sequence_parallel", true}, {"tensor_model_parallel_size", 2}}).sequence_parallel);
+}
+
+}  // namespace mcore_bridge
