@@ -118,6 +118,8 @@ def main():
     rows = write(arguments.output / "identity.jsonl")
     before_print = fingerprint(base)
     tokenizer = AutoTokenizer.from_pretrained(base)
+    if not tokenizer.chat_template:
+        sys.exit(f"the demo talks to its model, but the tokenizer of {base} has no chat template; give a chat model (MODEL=...)")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     before = answers(model, tokenizer)
     del model
