@@ -4,6 +4,7 @@ import copy
 
 import mcore_bridge as mb
 import pytest
+import tiny
 import torch
 from mcore_bridge.engine import _core
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -37,11 +38,18 @@ def windows(family, hf):
     return [hf.sliding_window if kind == "sliding_attention" else None for kind in hf.layer_types]
 
 
+def rope_of(hf):
+    if tiny.TRANSFORMERS_4:
+        scaling = getattr(hf, "rope_scaling", None) or {}  # Mistral's class there has no such field
+        return {"rope_type": scaling.get("type", "default"), **scaling, "rope_theta": hf.rope_theta}
+    return hf.rope_parameters
+
+
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
 def test_same_meaning(family, file):
     values = {"model_type": family, **_SHAPE, **FILES[file]}
-    hf = AutoConfig.for_model(**copy.deepcopy(values))  # it writes into the dictionaries it is given
+    hf = AutoConfig.for_model(**tiny.in_this_version(copy.deepcopy(values)))  # it writes into the dictionaries it is given
     ours = mb.ModelConfig(**mb.hf_to_mcore_config(values))
     assert ours.layernorm_epsilon == hf.rms_norm_eps
     assert ours.num_query_groups == hf.num_key_value_heads
@@ -51,7 +59,7 @@ def test_same_meaning(family, file):
     assert ours.attention_dropout == hf.attention_dropout
     assert ours.init_method_std == hf.initializer_range
     assert ours.hidden_act == {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}[hf.hidden_act]
-    rope = hf.rope_parameters
+    rope = rope_of(hf)
     assert ours.rotary_base == rope["rope_theta"]
     assert (ours.rope_scaling or {"rope_type": "default"})["rope_type"] == rope["rope_type"]
     assert (ours.rope_scaling or {}).get("factor") == rope.get("factor")

@@ -1,7 +1,10 @@
 """Tiny random Transformers models, with every parameter randomised and sizes that differ wherever the family allows it."""
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
+
+TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 
 VOCAB = 101  # prime: never divides by a tensor-parallel size
 
@@ -51,6 +54,18 @@ FAMILIES = {
 }
 
 
+def in_this_version(fields):
+    """Config fields with RoPE named as the installed Transformers names it."""
+    if not TRANSFORMERS_4 or "rope_parameters" not in fields:
+        return fields
+    fields = dict(fields)
+    rope = dict(fields.pop("rope_parameters"))
+    fields["rope_theta"] = rope.pop("rope_theta", 10000.0)
+    if rope.get("rope_type") == "longrope":
+        fields["original_max_position_embeddings"] = rope.pop("original_max_position_embeddings")
+    return fields if rope.get("rope_type", "default") == "default" else {**fields, "rope_scaling": rope}
+
+
 def build(name, **overrides):
     """A random float32 model of one of FAMILIES."""
     model_type, changes = FAMILIES[name]
@@ -58,7 +73,7 @@ def build(name, **overrides):
     if model_type == "qwen2":
         fields.pop("head_dim")  # derived there
         fields["hidden_size"] = 96
-    config = AutoConfig.for_model(model_type, **fields)
+    config = AutoConfig.for_model(model_type, **in_this_version(fields))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
     with torch.no_grad():
