@@ -1,13 +1,6 @@
 #include "bridge/safetensors_file.h"
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -146,43 +139,19 @@ std::map<std::string, SafetensorsEntry> parse_safetensors_header(const std::stri
   return entries;
 }
 
-SafetensorsFile::SafetensorsFile(const std::string& path) : path_(path) {
-  const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (file < 0) {
-    if (errno == ENOENT) fail<FileNotFoundError>(path, ": no such file");
-    fail<IoError>(path, ": cannot be opened: ", std::strerror(errno));
-  }
-  struct stat status {};
-  const bool known = ::fstat(file, &status) == 0 && S_ISREG(status.st_mode);
-  size_ = known ? static_cast<size_t>(status.st_size) : 0;
-  if (size_ >= 8) mapping_ = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, file, 0);
-  const int error = errno;
-  ::close(file);
-  MCB_CHECK(known, path, ": is no regular file");
-  MCB_CHECK(size_ >= 8, path, ": ", size_, " bytes are too short for a safetensors file");
-  if (mapping_ == MAP_FAILED) {
-    mapping_ = nullptr;
-    fail<IoError>(path, ": cannot be mapped: ", std::strerror(error));
-  }
-  try {
-    const auto* bytes = static_cast<const std::byte*>(mapping_);
-    uint64_t length = 0;
-    std::memcpy(&length, bytes, 8);
-    MCB_CHECK(length <= kLongestHeader, path, ": a header of ", length,
-              " bytes is too long for a safetensors file (limit ", kLongestHeader, ")");
-    MCB_CHECK(length <= size_ - 8, path, ": the header has ", length, " bytes, the file ends after ", size_ - 8,
-              " (truncated?)");
-    data_ = bytes + 8 + length;
-    entries_ = parse_safetensors_header(std::string(reinterpret_cast<const char*>(bytes) + 8, length),
-                                        size_ - 8 - length, path);
-  } catch (...) {
-    ::munmap(mapping_, size_);
-    throw;
-  }
-}
-
-SafetensorsFile::~SafetensorsFile() {
-  if (mapping_) ::munmap(mapping_, size_);
+SafetensorsFile::SafetensorsFile(const std::string& path) : input_(path) {
+  const auto size = input_.size();
+  MCB_CHECK(size >= 8, path, ": ", size, " bytes are too short for a safetensors file");
+  uint64_t length = 0;
+  input_.read(0, &length, 8);
+  MCB_CHECK(length <= kLongestHeader, path, ": a header of ", length,
+            " bytes is too long for a safetensors file (limit ", kLongestHeader, ")");
+  MCB_CHECK(length <= size - 8, path, ": the header has ", length, " bytes, the file ends after ", size - 8,
+            " (truncated?)");
+  std::string header(length, '\0');
+  input_.read(8, header.data(), length);
+  data_ = 8 + length;
+  entries_ = parse_safetensors_header(header, size - data_, path);
 }
 
 }  // namespace mcore_bridge

@@ -1,5 +1,5 @@
-// One safetensors file, memory-mapped. Format: https://huggingface.co/docs/safetensors (8-byte little-endian header
-// length, JSON header, data). Every field is checked when the file is opened; nothing of the data is read.
+// One safetensors file. Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON
+// header, data). Every field is checked when the file is opened; nothing of the data is read.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -8,6 +8,8 @@
 #include <map>
 #include <string>
 #include <vector>
+
+#include "core/input_file.h"
 
 namespace mcore_bridge {
 
@@ -29,20 +31,18 @@ class SafetensorsFile {
  public:
   /// FileNotFoundError, IoError, or ValueError for a malformed file.
   explicit SafetensorsFile(const std::string& path);
-  ~SafetensorsFile();
-  SafetensorsFile(const SafetensorsFile&) = delete;
-  SafetensorsFile& operator=(const SafetensorsFile&) = delete;
 
-  const std::string& path() const { return path_; }
+  const std::string& path() const { return input_.path(); }
   const std::map<std::string, SafetensorsEntry>& entries() const { return entries_; }
-  /// Start of the data of an entry; valid while this object lives.
-  const std::byte* data(const SafetensorsEntry& entry) const { return data_ + entry.begin; }
+  const InputFile& input() const { return input_; }
+  /// Where an entry's data starts, from the start of the file.
+  uint64_t offset(const SafetensorsEntry& entry) const { return data_ + entry.begin; }
+  /// Bytes read so far, the header not counted.
+  uint64_t data_bytes_read() const { return input_.bytes_read() - data_; }
 
  private:
-  std::string path_;
-  void* mapping_ = nullptr;
-  size_t size_ = 0;
-  const std::byte* data_ = nullptr;
+  InputFile input_;
+  uint64_t data_ = 0;  ///< where the data starts
   std::map<std::string, SafetensorsEntry> entries_;
 };
 

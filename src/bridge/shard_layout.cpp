@@ -1,5 +1,6 @@
 #include "bridge/shard_layout.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <nlohmann/json.hpp>
@@ -9,17 +10,20 @@
 
 namespace mcore_bridge {
 
-ShardLayout shard_layout(const std::vector<HfTensor>& tensors, c10::ScalarType dtype, int64_t max_shard_bytes,
-                         const std::string& stem) {
+uint64_t StoredTensor::bytes() const {
+  uint64_t count = c10::elementSize(dtype);
+  for (const auto size : shape) count *= static_cast<uint64_t>(size);
+  return count;
+}
+
+ShardLayout shard_layout(const std::vector<StoredTensor>& tensors, int64_t max_shard_bytes, const std::string& stem) {
   MCB_CHECK(max_shard_bytes > 0, "max_shard_size: must be positive");
   MCB_CHECK(!tensors.empty(), "save_weights: there is nothing to save");
-  const auto element = static_cast<uint64_t>(c10::elementSize(dtype));
-  auto bytes_of = [&](const HfTensor& tensor) { return static_cast<uint64_t>(tensor.rows * tensor.cols) * element; };
 
-  std::vector<std::vector<const HfTensor*>> shards(1);
+  std::vector<std::vector<const StoredTensor*>> shards(1);
   uint64_t filled = 0, total = 0;
   for (const auto& tensor : tensors) {
-    const auto bytes = bytes_of(tensor);
+    const auto bytes = tensor.bytes();
     if (stem == "model" && !shards.back().empty() && filled + bytes > static_cast<uint64_t>(max_shard_bytes)) {
       shards.emplace_back();
       filled = 0;
@@ -30,7 +34,7 @@ ShardLayout shard_layout(const std::vector<HfTensor>& tensors, c10::ScalarType d
   }
 
   ShardLayout layout;
-  nlohmann::ordered_json weight_map = nlohmann::ordered_json::object();
+  nlohmann::json weight_map = nlohmann::json::object();
   for (size_t i = 0; i < shards.size(); ++i) {
     ShardFile file;
     if (shards.size() == 1) {
@@ -40,17 +44,23 @@ ShardLayout shard_layout(const std::vector<HfTensor>& tensors, c10::ScalarType d
       std::snprintf(name, sizeof(name), "model-%05zu-of-%05zu.safetensors", i + 1, shards.size());
       file.name = name;
     }
-    nlohmann::ordered_json header = {{"__metadata__", {{"format", "pt"}}}};
+    // Wide elements first, so that every tensor is aligned to its own whatever is mixed.
+    std::stable_sort(shards[i].begin(), shards[i].end(), [](const auto* a, const auto* b) {
+      return c10::elementSize(a->dtype) > c10::elementSize(b->dtype);
+    });
+    std::string text = R"({"__metadata__":{"format":"pt"})";  // joined by hand: in file order, in linear time
     uint64_t at = 0;
     for (const auto* tensor : shards[i]) {
-      const auto end = at + bytes_of(*tensor);
-      header[tensor->name] = {
-          {"dtype", safetensors_dtype(dtype)}, {"shape", tensor->sizes()}, {"data_offsets", {at, end}}};
-      layout.places[tensor->name] = {static_cast<int>(i), at};
+      const auto bytes = tensor->bytes();
+      text += "," + nlohmann::json(tensor->name).dump() + R"(:{"dtype":")" + safetensors_dtype(tensor->dtype) +
+              R"(","shape":)" + nlohmann::json(tensor->shape).dump() + R"(,"data_offsets":[)" + std::to_string(at) +
+              "," + std::to_string(at + bytes) + "]}";
+      const bool fresh = layout.places.emplace(tensor->name, ShardLayout::Place{static_cast<int>(i), at, bytes}).second;
+      MCB_CHECK(fresh, "save_weights: two tensors are named '", tensor->name, "'");
       weight_map[tensor->name] = file.name;
-      at = end;
+      at += bytes;
     }
-    auto text = header.dump();
+    text += '}';
     text.resize((text.size() + 7) / 8 * 8, ' ');  // so that the data is aligned
     const uint64_t length = text.size();
     file.header.resize(8);
@@ -62,7 +72,7 @@ ShardLayout shard_layout(const std::vector<HfTensor>& tensors, c10::ScalarType d
   }
   if (shards.size() > 1) {
     layout.index =
-        nlohmann::ordered_json({{"metadata", {{"total_size", total}}}, {"weight_map", weight_map}}).dump(2) + "\n";
+        nlohmann::json({{"metadata", {{"total_size", total}}}, {"weight_map", std::move(weight_map)}}).dump(2) + "\n";
   }
   return layout;
 }

@@ -1,0 +1,55 @@
+// Where the elements of a Hugging Face tensor come from. Loading knows nothing else about a checkpoint's format.
+#pragma once
+
+#include <c10/core/ScalarType.h>
+
+#include <compare>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "bridge/checkpoint_reader.h"
+#include "plan/plan.h"
+
+namespace mcore_bridge {
+
+/// A box of a matrix, in elements.
+struct Box {
+  int64_t row = 0, col = 0, rows = 0, cols = 0;
+  int64_t numel() const { return rows * cols; }
+};
+
+class TensorSource {
+ public:
+  virtual ~TensorSource() = default;
+  /// Of the values read() gives; the loader converts them to the parameter's.
+  virtual c10::ScalarType dtype() const = 0;
+  /// Writes the box's values to `to`, row after row without gaps. Called from several threads at once, each time with a
+  /// few MiB at most (but at least one row), so an implementation may hold a box of its own.
+  virtual void read(const Box& box, void* to) const = 0;
+  /// Bytes of the files that read(box) reads.
+  virtual uint64_t file_bytes(const Box& box) const = 0;
+
+  /// Where a box begins in the files: boxes are read in this order.
+  struct Position {
+    std::string file;
+    uint64_t offset = 0;
+    auto operator<=>(const Position&) const = default;
+  };
+  virtual Position position(const Box& box) const = 0;
+  /// Boxes read together should begin at multiples of this many rows (the height of a quantisation block).
+  virtual int64_t row_block() const { return 1; }
+};
+
+/// What a checkpoint has for a tensor of the model.
+struct OpenedTensor {
+  std::shared_ptr<const TensorSource> source;  ///< null when the tensor is missing or does not fit
+  std::string wrong;                           ///< why it does not fit: "is [3], the model needs [4]"; empty otherwise
+  std::vector<std::string> used;               ///< names in the checkpoint that belong to it
+};
+
+/// Looks `tensor` up in every format this version reads: see the table in tensor_source.cpp. The reader must outlive
+/// the source.
+OpenedTensor open_tensor(const CheckpointReader& reader, const HfTensor& tensor);
+
+}  // namespace mcore_bridge
