@@ -42,17 +42,18 @@ void initialize_parameter(at::Tensor parameter, const ParameterPlan& plan, uint6
   auto values = at::zeros(plan.sizes, at::kFloat);
   auto* data = values.mutable_data_ptr<float>();
   const auto init = plan.rule.init;
-  const auto columns = plan.rule.cols == 0 ? 1 : plan.sizes[1];
+  const auto columns = plan.columns();
   if (init == Init::kScaledNormal) std /= std::sqrt(2.0 * static_cast<double>(layers));
   for (const auto& region : plan.regions) {
     const auto& tensor = plan.tensors[region.tensor];
     const Source source{seed, fnv1a(tensor.name)};
+    const auto strides = hf_strides(tensor, region);
     // PEFT's kaiming_uniform with a = sqrt(5): bound sqrt(6 / (6 * fan_in)).
     const auto bound = static_cast<float>(1.0 / std::sqrt(static_cast<double>(tensor.cols)));
     at::parallel_for(0, region.rows, std::max<int64_t>(1, 16384 / region.cols), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        auto* out = data + (region.row + row) * columns + region.col;
-        const auto first = static_cast<uint64_t>((region.hf_row + row) * tensor.cols + region.hf_col);
+        auto* out = data + region.parameter_row(row) * columns + region.col;
+        const auto first = strides.offset + row * strides.row;
         for (int64_t col = 0; col < region.cols; ++col) {
           switch (init) {
             case Init::kOne:
@@ -62,10 +63,10 @@ void initialize_parameter(at::Tensor parameter, const ParameterPlan& plan, uint6
               out[col] = 0;
               break;
             case Init::kKaimingUniform:
-              out[col] = bound * source.uniform(first + col);
+              out[col] = bound * source.uniform(static_cast<uint64_t>(first + col * strides.col));
               break;
             default:
-              out[col] = static_cast<float>(std) * source.normal(first + col);
+              out[col] = static_cast<float>(std) * source.normal(static_cast<uint64_t>(first + col * strides.col));
           }
         }
       }

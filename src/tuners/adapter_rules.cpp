@@ -5,6 +5,7 @@
 #include <map>
 #include <set>
 
+#include "plan/plan.h"
 #include "tuners/target.h"
 
 namespace mcore_bridge {
@@ -15,11 +16,10 @@ constexpr const char* kPeftPrefix = "base_model.model.";
 std::string module_of(const std::string& weight) { return weight.substr(0, weight.rfind('.')); }
 
 int64_t present_rows(const WeightRule& base, const std::vector<bool>& parts) {
-  if (base.fuse != Fuse::kQkv)
-    return base.rows / static_cast<int64_t>(parts.size()) * std::count(parts.begin(), parts.end(), true);
-  const auto& heads = base.heads;
-  return (parts[0] ? heads.heads * heads.head_dim : 0) +
-         ((parts[1] ? 1 : 0) + (parts[2] ? 1 : 0)) * heads.groups * heads.head_dim;
+  const auto rows = part_rows(base);
+  int64_t sum = 0;
+  for (size_t i = 0; i < parts.size(); ++i) sum += parts[i] ? rows[i] : 0;
+  return sum;
 }
 
 }  // namespace
@@ -62,6 +62,7 @@ std::vector<WeightRule> adapter_rules(const std::vector<WeightRule>& base, const
                         .shard = row ? Shard::kReplicated : rule.shard,
                         .fuse = rule.fuse,
                         .heads = rule.heads,
+                        .grouping = rule.grouping,
                         .init = WeightRule::Init::kZero});
     }
     if (std::find(saved.begin(), saved.end(), rule.name) == saved.end()) continue;
