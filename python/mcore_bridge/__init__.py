@@ -18,6 +18,8 @@ _EXPORTS = {
         "initialize_model_parallel",
         "destroy_model_parallel",
         "get_parallel_state",
+        "communication_volume",
+        "reset_communication_volume",
         "model_parallel_is_initialized",
         "split_cp_inputs",
     ],

@@ -129,6 +129,19 @@ def get_parallel_state():
     return _STATE
 
 
+def communication_volume():
+    """What this process has sent and received since the start or the last reset_communication_volume():
+    {group kind: {operation: {"calls", "bytes", "wire_bytes", "ranks"}}}. `bytes` is the whole tensor an operation is about (an
+    all_gather's result, a reduce_scatter's input), `wire_bytes` what one rank sends at least:
+    include/mcore_bridge/communication.h has the table."""
+    return _core.communication_volume()
+
+
+def reset_communication_volume():
+    """Starts counting anew."""
+    _core.reset_communication_volume()
+
+
 def split_cp_inputs(inputs, cu_seqlens, dim):
     """This context-parallel rank's part of `inputs`: each sequence (the whole tensor when cu_seqlens is None) is cut into
     2 * cp equal chunks along `dim`; rank r keeps chunks r and 2 * cp - 1 - r, in that order."""

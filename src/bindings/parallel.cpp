@@ -1,11 +1,14 @@
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include "bindings/bindings.h"
+#include "mcore_bridge/communication.h"
 #include "mcore_bridge/error.h"
 #include "parallel/parallel_state.h"
 
 namespace mcore_bridge {
 namespace {
+
+using py::literals::operator""_a;
 
 GroupKind kind_named(const std::string& name) {
   for (const auto kind : all_group_kinds()) {
@@ -56,6 +59,20 @@ void init_parallel(py::module_& module) {
     return names;
   });
 
+  module.def("communication_volume", [] {
+    py::dict result;
+    for (const auto& [kind, operations] : communication_volume()) {
+      py::dict inner;
+      for (const auto& [name, count] : operations) {
+        inner[name.c_str()] = py::dict("calls"_a = count.calls, "bytes"_a = count.bytes,
+                                       "wire_bytes"_a = count.wire_bytes, "ranks"_a = count.ranks);
+      }
+      result[kind.c_str()] = inner;
+    }
+    return result;
+  });
+  module.def("reset_communication_volume", &reset_communication_volume);
+
   py::class_<ParallelState, std::shared_ptr<ParallelState>>(module, "ParallelState")
       .def_static("create",
                   [](const Topology& topology, int rank, const std::map<std::string, GroupParts>& parts) {
@@ -64,8 +81,8 @@ void init_parallel(py::module_& module) {
                       const auto& ranks = part.second;
                       const auto place = std::find(ranks.begin(), ranks.end(), rank);
                       MCB_CHECK(place != ranks.end(), "group ", name, " does not hold rank ", rank);
-                      groups.emplace(kind_named(name),
-                                     Group(part.first, ranks, static_cast<int>(place - ranks.begin())));
+                      groups.emplace(kind_named(name), Group(part.first, ranks, static_cast<int>(place - ranks.begin()),
+                                                             kind_named(name)));
                     }
                     return std::const_pointer_cast<ParallelState>(ParallelState::create(topology, rank, groups));
                   })

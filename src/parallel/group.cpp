@@ -13,27 +13,12 @@ struct Group::Backend {
   c10::intrusive_ptr<c10d::ProcessGroup> process_group;
 };
 
-/// Sends must outlive the call that started them; the tensors are held until the works are done.
-class Group::Pending {
- public:
-  Pending(std::vector<c10::intrusive_ptr<c10d::Work>> works, std::vector<at::Tensor> tensors)
-      : works_(std::move(works)), tensors_(std::move(tensors)) {}
-  ~Pending() {
-    for (auto& work : works_) {
-      try {
-        work->wait();
-      } catch (...) {  // the failure surfaces in the next collective; a destructor must not throw
-      }
-    }
-  }
-
- private:
-  std::vector<c10::intrusive_ptr<c10d::Work>> works_;
-  std::vector<at::Tensor> tensors_;
-};
-
-Group::Group(c10::intrusive_ptr<c10d::ProcessGroup> backend, std::vector<int> ranks, int rank)
-    : backend_(std::make_shared<Backend>(Backend{std::move(backend)})), ranks_(std::move(ranks)), rank_(rank) {
+Group::Group(c10::intrusive_ptr<c10d::ProcessGroup> backend, std::vector<int> ranks, int rank,
+             std::optional<GroupKind> kind)
+    : backend_(std::make_shared<Backend>(Backend{std::move(backend)})),
+      ranks_(std::move(ranks)),
+      rank_(rank),
+      kind_(kind) {
   MCB_CHECK(rank_ >= 0 && rank_ < size(), "Group: rank ", rank_, " is not a place in a group of ", size());
   MCB_CHECK(backend_->process_group->getSize() == size(), "Group: the process group has ",
             backend_->process_group->getSize(), " ranks, its rank list ", size());
@@ -51,12 +36,20 @@ void reduce(c10d::ProcessGroup& group, at::Tensor& tensor, c10d::ReduceOp::RedOp
 
 }  // namespace
 
+void Group::count(Operation operation, int64_t bytes, bool root) const {
+  count_communication(kind_, operation, bytes, size(), root);
+}
+
 void Group::all_reduce(at::Tensor& tensor) const {
-  if (size() > 1) reduce(*backend_->process_group, tensor, c10d::ReduceOp::SUM);
+  if (size() == 1) return;
+  count(Operation::kAllReduce, tensor.nbytes());
+  reduce(*backend_->process_group, tensor, c10d::ReduceOp::SUM);
 }
 
 void Group::all_reduce_max(at::Tensor& tensor) const {
-  if (size() > 1) reduce(*backend_->process_group, tensor, c10d::ReduceOp::MAX);
+  if (size() == 1) return;
+  count(Operation::kAllReduce, tensor.nbytes());
+  reduce(*backend_->process_group, tensor, c10d::ReduceOp::MAX);
 }
 
 at::Tensor Group::all_gather(const at::Tensor& input) const {
@@ -66,6 +59,7 @@ at::Tensor Group::all_gather(const at::Tensor& input) const {
   MCB_CHECK(!sizes.empty(), "all_gather: a scalar has no dimension to gather along");
   sizes[0] *= size();
   auto output = at::empty(sizes, contiguous.options());
+  count(Operation::kAllGather, output.nbytes());
   backend_->process_group->_allgather_base(output, contiguous)->wait();
   return output;
 }
@@ -78,12 +72,26 @@ at::Tensor Group::reduce_scatter(const at::Tensor& input) const {
             " does not divide by the ", size(), " ranks of the group");
   sizes[0] /= size();
   auto output = at::empty(sizes, contiguous.options());
+  count(Operation::kReduceScatter, contiguous.nbytes());
   backend_->process_group->_reduce_scatter_base(output, contiguous)->wait();
+  return output;
+}
+
+at::Tensor Group::all_to_all(const at::Tensor& input) const {
+  if (size() == 1) return input;
+  auto contiguous = input.contiguous();
+  MCB_CHECK(contiguous.dim() > 0 && contiguous.size(0) % size() == 0, "all_to_all: dim 0 of ", contiguous.sizes(),
+            " does not divide by the ", size(), " ranks of the group");
+  auto output = at::empty_like(contiguous);
+  count(Operation::kAllToAll, contiguous.nbytes());
+  std::vector<int64_t> equal;  // empty: equal parts
+  backend_->process_group->alltoall_base(output, contiguous, equal, equal)->wait();
   return output;
 }
 
 void Group::broadcast(at::Tensor& tensor, int root) const {
   if (size() == 1) return;
+  count(Operation::kBroadcast, tensor.nbytes(), root == rank_);
   TORCH_INTERNAL_ASSERT(tensor.is_contiguous());
   std::vector<at::Tensor> tensors{tensor};
   c10d::BroadcastOptions options;
@@ -92,32 +100,69 @@ void Group::broadcast(at::Tensor& tensor, int root) const {
 }
 
 void Group::barrier() const {
-  if (size() > 1) backend_->process_group->barrier()->wait();
+  if (size() == 1) return;
+  count(Operation::kBarrier, 0);
+  backend_->process_group->barrier()->wait();
 }
 
-std::shared_ptr<Group::Pending> Group::exchange(std::vector<Message> messages) const {
+namespace {
+
+using Works = std::vector<c10::intrusive_ptr<c10d::Work>>;
+
+class PendingWorks : public Group::Pending {
+ public:
+  PendingWorks(Works sends, Works receives, std::vector<at::Tensor> tensors)
+      : sends_(std::move(sends)), receives_(std::move(receives)), tensors_(std::move(tensors)) {}
+  ~PendingWorks() override {
+    for (auto* works : {&receives_, &sends_}) {
+      for (auto& work : *works) {
+        try {
+          work->wait();
+        } catch (...) {  // the failure surfaces in the next collective; a destructor must not throw
+        }
+      }
+    }
+  }
+  void wait() override {
+    for (auto& work : receives_) work->wait();
+    receives_.clear();
+  }
+
+ private:
+  Works sends_, receives_;
+  std::vector<at::Tensor> tensors_;
+};
+
+}  // namespace
+
+std::shared_ptr<Group::Pending> Group::start_exchange(std::vector<Message> messages) const {
   if (messages.empty()) return nullptr;
   TORCH_INTERNAL_ASSERT(size() > 1);
   auto& group = *backend_->process_group;
   const auto device = messages.front().tensor.device().type();
   // NCCL runs messages of one pair in the order they are posted: one coalesced group lets opposite directions pass.
   const bool coalesce = device == c10::DeviceType::CUDA;
-  std::vector<c10::intrusive_ptr<c10d::Work>> sends, receives;
+  Works sends, receives;
   std::vector<at::Tensor> alive;
   if (coalesce) group.startCoalescing(device);
   for (auto& message : messages) {
     TORCH_INTERNAL_ASSERT(message.tensor.is_contiguous());
     alive.push_back(message.tensor);
     std::vector<at::Tensor> tensors{message.tensor};
+    count(message.send ? Operation::kSend : Operation::kReceive, message.tensor.nbytes());
     auto work = message.send ? group.send(tensors, message.peer, 0) : group.recv(tensors, message.peer, 0);
-    if (work) (message.send ? sends : receives).push_back(std::move(work));
+    if (work && !coalesce) (message.send ? sends : receives).push_back(std::move(work));
   }
   if (coalesce) {
-    if (auto work = group.endCoalescing(device)) work->wait();
-    return nullptr;
+    if (auto work = group.endCoalescing(device)) receives.push_back(std::move(work));
   }
-  for (auto& work : receives) work->wait();
-  return sends.empty() ? nullptr : std::make_shared<Pending>(std::move(sends), std::move(alive));
+  return std::make_shared<PendingWorks>(std::move(sends), std::move(receives), std::move(alive));
+}
+
+std::shared_ptr<Group::Pending> Group::exchange(std::vector<Message> messages) const {
+  auto pending = start_exchange(std::move(messages));
+  if (pending) pending->wait();
+  return pending;
 }
 
 }  // namespace mcore_bridge

@@ -4,8 +4,11 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
+
+#include "parallel/communication.h"
 
 namespace c10d {
 class ProcessGroup;
@@ -18,7 +21,9 @@ namespace mcore_bridge {
 class Group {
  public:
   Group() = default;  ///< a group of one
-  Group(c10::intrusive_ptr<c10d::ProcessGroup> backend, std::vector<int> ranks, int rank);
+  /// `kind`: under which name its traffic is counted (mcore_bridge/communication.h); "other" without.
+  Group(c10::intrusive_ptr<c10d::ProcessGroup> backend, std::vector<int> ranks, int rank,
+        std::optional<GroupKind> kind = {});
 
   int size() const { return static_cast<int>(ranks_.size()); }
   int rank() const { return rank_; }                        ///< this process's place in the group
@@ -30,24 +35,36 @@ class Group {
   at::Tensor all_gather(const at::Tensor& input) const;
   /// Sums over members and returns this member's 1/size of dim 0 (which size must divide).
   at::Tensor reduce_scatter(const at::Tensor& input) const;
+  /// Part i of dim 0 (which size must divide) goes to member i; returns the parts received, in member order.
+  at::Tensor all_to_all(const at::Tensor& input) const;
   void broadcast(at::Tensor& tensor, int root /* place in the group */) const;
   void barrier() const;
 
-  /// One round of point-to-point messages that must not wait for one another: all sends and receives are started, then
-  /// the receives are waited for. Sends are kept alive by the returned handle (drop it to wait for them).
+  /// One round of point-to-point messages that must not wait for one another.
   struct Message {
     at::Tensor tensor;
     int peer;  ///< place in the group
     bool send;
   };
-  class Pending;  ///< sends still under way
+  /// Messages under way. Keeps their tensors alive; dropping it waits for all of them.
+  class Pending {
+   public:
+    virtual ~Pending() = default;
+    /// Until every receive has its data (CUDA: for the current stream). A failed message throws here.
+    virtual void wait() = 0;
+  };
+  /// Starts all sends and receives and returns at once: received tensors are whole after wait().
+  std::shared_ptr<Pending> start_exchange(std::vector<Message> messages) const;
+  /// Starts all, waits for the receives; sends may still be under way.
   std::shared_ptr<Pending> exchange(std::vector<Message> messages) const;
 
  private:
   struct Backend;  // keeps c10d's headers out of here
+  void count(Operation operation, int64_t bytes, bool root = false) const;
   std::shared_ptr<Backend> backend_;
   std::vector<int> ranks_{0};
   int rank_ = 0;
+  std::optional<GroupKind> kind_;
 };
 
 }  // namespace mcore_bridge
