@@ -43,6 +43,8 @@ struct StepResult {
 /// zero.
 void finish_gradients(const Chunks& chunks);
 
+class Optimizer;  // train/optimizer_state.h
+
 class Trainer {
  public:
   Trainer(Chunks chunks, OptimizerOptions options);
@@ -54,6 +56,8 @@ class Trainer {
   /// Mean loss without gradients.
   double evaluate(const std::vector<ForwardInput>& micro_batches);
   int64_t iteration() const;
+  /// Its state, for checkpoints.
+  Optimizer& optimizer();
 
  private:
   struct State;

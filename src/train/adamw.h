@@ -7,16 +7,19 @@
 
 #include "mcore_bridge/trainer.h"
 #include "train/grad_buffer.h"
+#include "train/optimizer_state.h"
 
 namespace mcore_bridge {
 
-class AdamW {
+class AdamW : public Optimizer {
  public:
   /// What a checkpoint of the optimizer holds, one per trainable parameter. `master` is the parameter itself when that
   /// is fp32.
   struct ParameterState {
     std::string name;
+    int chunk = 0;
     at::Tensor master, exp_avg, exp_avg_sq;  ///< fp32, the parameter's shape
+    bool low_precision = false;              ///< the master is a tensor of its own
   };
 
   AdamW(const GradBuffer& gradients, const OptimizerOptions& options);
@@ -26,6 +29,12 @@ class AdamW {
   void step(double lr, const at::Tensor& grad_scale, const at::Tensor& skip);
 
   const std::vector<ParameterState>& states() const { return states_; }
+  std::vector<StateSlice> state() override;
+  int64_t steps() const override;
+  void set_steps(int64_t steps) override;
+  void state_loaded() override;
+  Json scalars() const override { return Json::object(); }
+  void set_scalars(const Json& values) override {}
 
  private:
   /// Parameters that share a weight decay, as the lists the fused kernel takes.

@@ -17,6 +17,7 @@ struct TrainableParameter {
   at::Tensor tensor;
   at::Tensor main_grad;  ///< same shape; a GradBuffer's are fp32 views into its buckets
   ParameterTraits traits;
+  int chunk = 0;  ///< index of its model chunk
 };
 
 /// Sums over tensor ranks what each of them knows a part of, and over the two stages that share an embedding. In place.

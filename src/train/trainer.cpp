@@ -166,6 +166,8 @@ Trainer::~Trainer() = default;
 
 int64_t Trainer::iteration() const { return state_->iteration; }
 
+Optimizer& Trainer::optimizer() { return state_->optimizer; }
+
 StepResult Trainer::train_step(const std::vector<ForwardInput>& micro_batches) {
   auto& s = *state_;
   const auto counts = count(micro_batches, s.model());
