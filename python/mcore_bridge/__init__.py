@@ -13,7 +13,7 @@ _EXPORTS = {
     "model": ["get_mcore_model", "GPTModel", "PackedSeqParams", "unwrap_model", "forward_logits"],
     "bridge": ["GPTBridge", "inspect_checkpoint"],
     "lora": ["LoraOptions", "LoraParallelLinear", "add_lora"],
-    "trainer": ["Trainer", "finish_gradients"],
+    "trainer": ["Trainer", "finish_gradients", "materialised"],
     "parallel_state": [
         "initialize_model_parallel",
         "destroy_model_parallel",

@@ -1,12 +1,18 @@
 """Training: one engine call per global batch."""
 
+from contextlib import contextmanager
+
 from .engine import _core
 from .model import engines
 
 
 class Trainer:
-    """AdamW over the trainable parameters of `models`. Options: mcore_bridge/trainer.h, OptimizerOptions, by name
-    (lr, min_lr, lr_decay_style, lr_warmup_iters, train_iters, weight_decay, clip_grad, adam_beta1, ...)."""
+    """Trains the trainable parameters of `models`, whose values move into flat buffers (the tensor objects stay). Options by
+    name, as Megatron calls them; all of them: mcore_bridge/optimizer_options.h, docs/training.md.
+
+    lr, min_lr, lr_decay_style, lr_warmup_iters, train_iters, lr_mult={pattern: factor}, weight_decay, clip_grad, ...
+    optimizer: adam, sgd or muon; use_distributed_optimizer, data_parallel_sharding_strategy, overlap_grad_reduce,
+    main_params_dtype, exp_avg_dtype, optimizer_cpu_offload, ..."""
 
     def __init__(self, models, **options):
         self._engine = _core.Trainer(engines(models), options)
@@ -14,8 +20,8 @@ class Trainer:
     def train_step(self, micro_batches):
         """One optimizer step over this data-parallel rank's micro-batches: dicts of input_ids, labels (aligned with
         input_ids: labels[t] is the target of position t), and optionally position_ids, attention_mask, packed_seq_params.
-        Returns iteration, loss, grad_norm, lr, tokens, loss_tokens. Raises FloatingPointError for NaN/Inf before anything
-        is updated."""
+        Returns iteration, loss, grad_norm, lr, weight_decay, tokens, loss_tokens, and for float16 loss_scale, skipped (its
+        gradients overflowed) and skipped_steps so far. Raises FloatingPointError for NaN/Inf before anything is updated."""
         return self._engine.train_step(list(micro_batches))
 
     def evaluate(self, micro_batches):
@@ -25,6 +31,23 @@ class Trainer:
     @property
     def iteration(self):
         return self._engine.iteration
+
+    @property
+    def memory(self):
+        """Bytes this rank keeps between steps: parameters (those it trains; all when fully sharded), gradients, optimizer
+        (masters and states), optimizer_host (the same in host memory)."""
+        return self._engine.memory
+
+
+@contextmanager
+def materialised(models):
+    """Whole parameters on every rank for a while, also when they are fully sharded; what is written to them is kept.
+    Collective."""
+    scope = _core.MaterialisedParameters(engines(models))
+    try:
+        yield models
+    finally:
+        del scope
 
 
 def finish_gradients(models):

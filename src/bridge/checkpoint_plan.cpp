@@ -63,6 +63,14 @@ std::vector<PlannedParameter> planned_parameters(const Chunks& chunks, const Sel
   return result;
 }
 
+std::unique_ptr<MaterialisedParameters> in_place(const Chunks& chunks, const Selection& selection) {
+  if (!selection.peft_format) return std::make_unique<MaterialisedParameters>(chunks);
+  std::set<std::string> names;  // an adapter alone: the base may be too large for one rank
+  for (const auto& parameter : planned_parameters(chunks, selection)) names.insert(parameter.plan.name);
+  return std::make_unique<MaterialisedParameters>(
+      chunks, [&](const std::string& name) { return names.contains(without_base_layer(name)); });
+}
+
 std::vector<HfTensor> whole_checkpoint(const Chunks& chunks, const Selection& selection) {
   const auto& model = *chunks.at(0);
   const auto base = chunk_weights(model.config(), {.layers = {0, model.config().num_layers}});

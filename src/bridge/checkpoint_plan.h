@@ -3,10 +3,12 @@
 
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "mcore_bridge/bridge.h"
+#include "mcore_bridge/materialised.h"
 #include "plan/plan.h"
 
 namespace mcore_bridge {
@@ -28,6 +30,9 @@ struct Selection {
 
 /// Parameters of this rank's chunks in file order. KeyError when the adapter does not exist.
 std::vector<PlannedParameter> planned_parameters(const Chunks& chunks, const Selection& selection);
+
+/// The selection's parameters in place while it lives. Collective.
+std::unique_ptr<MaterialisedParameters> in_place(const Chunks& chunks, const Selection& selection);
 
 /// Every tensor of the whole checkpoint in file order, the same on all ranks.
 std::vector<HfTensor> whole_checkpoint(const Chunks& chunks, const Selection& selection);

@@ -12,6 +12,7 @@ namespace mcore_bridge {
 /// model-parallel ranks joins the parts. Every byte has one owner, so the sum is exact for any bit pattern.
 struct WeightExporter::State {
   Chunks chunks;
+  std::unique_ptr<MaterialisedParameters> whole;
   std::vector<PlannedParameter> parameters;
   std::vector<HfTensor> tensors;
   std::map<std::string, std::vector<OwnedRegion>> owned;
@@ -59,6 +60,7 @@ WeightExporter::WeightExporter(Chunks chunks, SaveOptions options, int64_t bucke
   MCB_CHECK(!chunks.empty(), "export_weights: no model given");
   const Selection selection{options.peft_format, options.adapter_name, options.merge_lora};
   state_->parameters = planned_parameters(chunks, selection);
+  state_->whole = in_place(chunks, selection);
   state_->tensors = whole_checkpoint(chunks, selection);
   state_->owned = owned_regions(state_->parameters);
   state_->bucket_bytes = bucket_bytes;

@@ -133,6 +133,7 @@ LoadReport load(const Chunks& chunks, const std::string& folder, const LoadOptio
 LoadReport load_weights(const Chunks& chunks, const std::string& folder, const LoadOptions& options) {
   MCB_CHECK(!chunks.empty(), "load_weights: no model given");
   LoadReport report;
+  const auto whole = in_place(chunks, {options.peft_format, options.adapter_name});
   together(chunks[0]->parallel().world, [&] { report = load(chunks, folder, options); });
   return report;
 }

@@ -106,6 +106,7 @@ void save_weights(const Chunks& chunks, const std::string& folder, const SaveOpt
     }
     target = std::make_unique<AtomicFolder>(folder);
   });
+  const auto whole = in_place(chunks, selection);
   try {
     step([&] {
       if (!leader) return;

@@ -14,7 +14,9 @@ at::Tensor vocab_matrix(const VocabOptions& options, const ParallelState& parall
 
 std::vector<NamedParameter> vocab_parameter(const at::Tensor& weight, const VocabOptions& options,
                                             const ParallelState& parallel) {
-  return {{"weight", weight, {.tp_split = parallel.tp.size() > 1, .tied_embedding = options.tied_over_stages}}};
+  return {{"weight",
+           weight,
+           {.tp_split = parallel.tp.size() > 1, .tied_embedding = options.tied_over_stages, .vocabulary = true}}};
 }
 
 }  // namespace

@@ -78,16 +78,28 @@ std::vector<NamedParameter> ParallelLinear::own_parameters() const {
     result.push_back(
         {base + "layer_norm_weight", layer_norm_weight_, {.sum_over_tp = sequence, .no_weight_decay = true}});
   }
-  result.push_back({base + "weight", weight_, with_shared_rows({.tp_split = parallel}, all_parts)});
+  // Rows of the parts that are marked, as the optimizer wants to tell them apart.
+  auto parts_of = [&](const std::vector<bool>& parts) {
+    const auto layout = part_layout(options_, parallel_->tp.size());
+    ParameterTraits::Parts result{.blocks = layout.blocks};
+    for (size_t part = 0; part < parts.size() && parts.size() > 1; ++part) {
+      if (parts[part]) result.widths.push_back(layout.widths[part]);
+    }
+    return result;
+  };
+  ParameterTraits matrix{.tp_split = parallel, .split_columns = !column, .parts = parts_of(all_parts)};
+  result.push_back({base + "weight", weight_, with_shared_rows(matrix, all_parts)});
   if (bias_.defined()) {
     ParameterTraits traits{.tp_split = parallel && column, .sum_over_tp = sequence && !column, .no_weight_decay = true};
     result.push_back({base + "bias", bias_, column ? with_shared_rows(traits, all_parts) : traits});
   }
   for (const auto& [name, adapter] : adapters_) {
-    ParameterTraits split{.tp_split = parallel}, partial{.sum_over_tp = parallel};
-    result.push_back({"lora_A." + name + ".weight", adapter.a, column ? partial : split});
-    result.push_back(
-        {"lora_B." + name + ".weight", adapter.b, column ? with_shared_rows(split, adapter.parts) : partial});
+    ParameterTraits a{.tp_split = parallel && !column, .sum_over_tp = parallel && column, .split_columns = true};
+    ParameterTraits b{.tp_split = parallel && column, .sum_over_tp = parallel && !column};
+    b.parts = parts_of(adapter.parts);
+    if (!b.parts.widths.empty()) a.parts.widths.assign(b.parts.widths.size(), adapter.r);
+    result.push_back({"lora_A." + name + ".weight", adapter.a, a});
+    result.push_back({"lora_B." + name + ".weight", adapter.b, column ? with_shared_rows(b, adapter.parts) : b});
   }
   return result;
 }

@@ -25,6 +25,15 @@ struct ParameterTraits {
   /// The embedding matrix when it is also the output matrix of another pipeline stage.
   bool tied_embedding = false;
   bool no_weight_decay = false;  ///< norms, biases
+  bool expert = false;           ///< of an expert: replicas are the expert-data-parallel ranks
+  bool vocabulary = false;       ///< a matrix with a row per token: embedding, output layer
+  bool split_columns = false;    ///< tp_split matrices: columns (dim 1) are split instead of rows
+  /// Matrices that share this parameter, stacked by rows: `blocks` times one block with so many rows of each (q, k, v
+  /// per key/value head; gate and up; LoRA A's of a fused layer). Empty widths: one matrix.
+  struct Parts {
+    int64_t blocks = 1;
+    std::vector<int64_t> widths;
+  } parts = {};
 };
 
 struct NamedParameter {

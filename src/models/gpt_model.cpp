@@ -128,7 +128,10 @@ at::Tensor GPTModel::run_layers(at::Tensor x, const AttentionInput& attention) {
     const auto end = std::min(count, first + unit);
     auto run = [this, first, end, attention](const at::Tensor& input) {
       auto y = input;
-      for (size_t i = first; i < end; ++i) y = layers_[i]->forward(y, attention);
+      for (size_t i = first; i < end; ++i) {
+        y = run_unit(static_cast<int>(i) + 1, y,
+                     [&](const at::Tensor& z) { return layers_[i]->forward(z, attention); });
+      }
       return y;
     };
     x = first < recomputed ? recompute(run, x) : run(x);
@@ -146,7 +149,7 @@ at::Tensor GPTModel::forward(const ForwardInput& input, bool gather_output) {
     const auto tp = parallel_->tp.size();
     MCB_CHECK(!config_.sequence_parallel || input.input_ids.size(1) % tp == 0, "forward: with sequence_parallel the ",
               input.input_ids.size(1), " positions must divide by tensor_model_parallel_size ", tp, "; pad the batch");
-    x = embedding_->forward(input.input_ids);
+    x = run_unit(unit_of("embedding."), {}, [&](const at::Tensor&) { return embedding_->forward(input.input_ids); });
   } else {
     MCB_CHECK(input.hidden.defined(),
               "forward: this stage takes hidden states from the one before; call set_input_tensor");
@@ -156,17 +159,25 @@ at::Tensor GPTModel::forward(const ForwardInput& input, bool gather_output) {
   x = run_layers(std::move(x), attention);
   if (!output_) return x;
 
-  x = final_norm_->forward(x);
-  const auto logits =
-      output_->forward(x, embedding_ ? embedding_->weight() : at::Tensor());  // [s, b, local vocabulary]
-  if (input.labels.defined()) {
-    return vocab_parallel_cross_entropy(logits, input.labels.t(), config_.padded_vocab_size, parallel_->tp)
-        .t()
-        .contiguous();
-  }
-  const auto batch_first = logits.transpose(0, 1);
-  if (!gather_output) return batch_first.contiguous();
-  return gather_last_dim(batch_first, parallel_->tp).narrow(-1, 0, config_.padded_vocab_size).contiguous();
+  return run_unit(unit_of("output_layer."), x, [&](const at::Tensor& hidden) {
+    const auto logits =
+        output_->forward(final_norm_->forward(hidden), embedding_ ? embedding_->weight() : at::Tensor());
+    if (input.labels.defined()) {  // logits: [s, b, local vocabulary]
+      return vocab_parallel_cross_entropy(logits, input.labels.t(), config_.padded_vocab_size, parallel_->tp)
+          .t()
+          .contiguous();
+    }
+    const auto batch_first = logits.transpose(0, 1);
+    if (!gather_output) return batch_first.contiguous();
+    return gather_last_dim(batch_first, parallel_->tp).narrow(-1, 0, config_.padded_vocab_size).contiguous();
+  });
+}
+
+int GPTModel::unit_of(const std::string& parameter) const {
+  const std::string layers = "decoder.layers.";
+  if (parameter.starts_with(layers)) return std::stoi(parameter.substr(layers.size())) + 1;
+  const bool tied_here = place_.pre_process && place_.post_process && share_embeddings_and_output_weights();
+  return parameter.starts_with("embedding.") && !tied_here ? 0 : units() - 1;
 }
 
 std::vector<GPTModel::NamedLinear> GPTModel::linears() {

@@ -11,6 +11,7 @@
 #include "layers/module.h"
 #include "layers/transformer_layer.h"
 #include "mcore_bridge/model.h"
+#include "models/parameter_gate.h"
 #include "parallel/parallel_state.h"
 
 namespace mcore_bridge {
@@ -45,6 +46,12 @@ class GPTModel : public Module {
   };
   std::vector<NamedLinear> linears();
 
+  /// Units of a ParameterGate. An embedding that is also this chunk's output matrix belongs to the output's unit.
+  int units() const { return static_cast<int>(layers_.size()) + 2; }
+  int unit_of(const std::string& parameter) const;
+  void set_gate(std::shared_ptr<ParameterGate> gate) { gate_ = std::move(gate); }
+  const std::shared_ptr<ParameterGate>& gate() const { return gate_; }
+
   /// Options of every adapter by name, for its files.
   std::map<std::string, LoraOptions> lora_options;
 
@@ -54,6 +61,9 @@ class GPTModel : public Module {
  private:
   AttentionInput attention_input(const ForwardInput& input) const;
   at::Tensor run_layers(at::Tensor x, const AttentionInput& attention);
+  at::Tensor run_unit(int unit, const at::Tensor& x, const std::function<at::Tensor(const at::Tensor&)>& f) const {
+    return gate_ ? gate_->run(unit, x, f) : f(x);
+  }
 
   ModelConfig config_;
   ParallelStatePtr parallel_;
@@ -65,6 +75,7 @@ class GPTModel : public Module {
   std::unique_ptr<Norm> final_norm_;
   std::unique_ptr<OutputLayer> output_;
   std::unique_ptr<RotaryEmbedding> rope_;
+  std::shared_ptr<ParameterGate> gate_;
 };
 
 }  // namespace mcore_bridge

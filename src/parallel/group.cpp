@@ -135,6 +135,32 @@ class PendingWorks : public Group::Pending {
 
 }  // namespace
 
+std::shared_ptr<Group::Pending> Group::start_all_reduce(const at::Tensor& tensor) const {
+  if (size() == 1) return nullptr;
+  TORCH_INTERNAL_ASSERT(tensor.is_contiguous());
+  count(Operation::kAllReduce, tensor.nbytes());
+  std::vector<at::Tensor> tensors{tensor};
+  return std::make_shared<PendingWorks>(Works{}, Works{backend_->process_group->allreduce(tensors)}, tensors);
+}
+
+std::shared_ptr<Group::Pending> Group::start_reduce_scatter(const at::Tensor& output, const at::Tensor& input) const {
+  if (size() == 1) return nullptr;
+  TORCH_INTERNAL_ASSERT(input.is_contiguous() && output.is_contiguous() && output.numel() * size() == input.numel());
+  count(Operation::kReduceScatter, input.nbytes());
+  auto to = output, from = input;
+  return std::make_shared<PendingWorks>(Works{}, Works{backend_->process_group->_reduce_scatter_base(to, from)},
+                                        std::vector<at::Tensor>{output, input});
+}
+
+std::shared_ptr<Group::Pending> Group::start_all_gather(const at::Tensor& output, const at::Tensor& input) const {
+  if (size() == 1) return nullptr;
+  TORCH_INTERNAL_ASSERT(input.is_contiguous() && output.is_contiguous() && input.numel() * size() == output.numel());
+  count(Operation::kAllGather, output.nbytes());
+  auto to = output, from = input;
+  return std::make_shared<PendingWorks>(Works{}, Works{backend_->process_group->_allgather_base(to, from)},
+                                        std::vector<at::Tensor>{output, input});
+}
+
 std::shared_ptr<Group::Pending> Group::start_exchange(std::vector<Message> messages) const {
   if (messages.empty()) return nullptr;
   TORCH_INTERNAL_ASSERT(size() > 1);

@@ -53,6 +53,12 @@ class Group {
     /// Until every receive has its data (CUDA: for the current stream). A failed message throws here.
     virtual void wait() = 0;
   };
+  /// Collectives that do not wait: the output is whole after wait(); nothing comes back from a group of one. `output`
+  /// of reduce_scatter may be this member's part of `input`, `input` of all_gather this member's part of `output`.
+  std::shared_ptr<Pending> start_all_reduce(const at::Tensor& tensor) const;
+  std::shared_ptr<Pending> start_reduce_scatter(const at::Tensor& output, const at::Tensor& input) const;
+  std::shared_ptr<Pending> start_all_gather(const at::Tensor& output, const at::Tensor& input) const;
+
   /// Starts all sends and receives and returns at once: received tensors are whole after wait().
   std::shared_ptr<Pending> start_exchange(std::vector<Message> messages) const;
   /// Starts all, waits for the receives; sends may still be under way.

@@ -6,22 +6,16 @@
 
 #include "mcore_bridge/error.h"
 #include "parallel/together.h"
-#include "train/adamw.h"
+#include "train/complete_gradients.h"
 #include "train/executor.h"
-#include "train/grad_buffer.h"
+#include "train/parameter_buffers.h"
+#include "train/sharded_optimizer.h"
+#include "train/unit_gate.h"
 
 namespace mcore_bridge {
 namespace {
 
 constexpr int64_t kIgnore = -100;
-
-std::vector<NamedParameter> all_parameters(const Chunks& chunks) {
-  std::vector<NamedParameter> result;
-  for (const auto& chunk : chunks) {
-    for (auto& parameter : chunk->named_parameters()) result.push_back(std::move(parameter));
-  }
-  return result;
-}
 
 /// Counts that all data-parallel ranks must know before the step starts.
 struct BatchCounts {
@@ -110,54 +104,88 @@ std::vector<ForwardInput> moved(const std::vector<ForwardInput>& batches, c10::D
   return result;
 }
 
+/// What gradients are divided by: the loss scale times max(1, norm / clip). A step that is skipped must not meet NaN on
+/// the way.
+at::Tensor grad_scale(const at::Tensor& scaled_norm, double loss_scale, double clip) {
+  if (clip <= 0) return at::full({}, loss_scale, scaled_norm.options().dtype(at::kFloat));
+  const auto over = ((scaled_norm / loss_scale + 1e-6) / clip).clamp_min(1.0).nan_to_num(1.0, 1.0, 1.0);
+  return (over * loss_scale).to(at::kFloat);
+}
+
 }  // namespace
 
 struct Trainer::State {
   Chunks chunks;
   OptimizerOptions options;
-  GradBuffer gradients;
-  AdamW optimizer;
+  std::shared_ptr<ParameterBuffers> buffers;
+  ShardedOptimizer optimizer;
   Executor executor;
   int64_t iteration = 0;
 
   State(Chunks given, OptimizerOptions opts)
       : chunks(std::move(given)),
         options(std::move(opts)),
-        gradients(all_parameters(chunks), chunks.at(0)->parallel_ptr()),
-        optimizer(gradients, options),
+        buffers(make_buffers()),
+        optimizer(buffers, model().parallel_ptr(), options),
         executor(chunks) {}
+  ~State() { buffers->disconnect(); }
+  State(const State&) = delete;
+  State& operator=(const State&) = delete;
 
-  const GPTModel& model() const { return *chunks[0]; }
+  const GPTModel& model() const { return *chunks.at(0); }
 
-  /// One rank per model replica's last stage reports the loss; every replica's sum of squares is the same.
+  std::shared_ptr<ParameterBuffers> make_buffers() {
+    // Parameters that an earlier trainer spread out come together first.
+    for (const auto& chunk : chunks) {
+      if (chunk->gate()) chunk->gate()->hold({});
+    }
+    auto result =
+        std::make_shared<ParameterBuffers>(managed_parameters(chunks), model().parallel_ptr(), buffer_options(options));
+    for (size_t i = 0; i < chunks.size(); ++i)
+      chunks[i]->set_gate(std::make_shared<UnitGate>(result, static_cast<int>(i), chunks[i]->units()));
+    return result;
+  }
+
+  /// One rank per model replica's last stage reports the loss; the squares of all ranks add up.
   at::Tensor totals(const at::Tensor& loss, const at::Tensor& squares) const {
     const auto& parallel = model().parallel();
     auto result = at::zeros({2}, at::TensorOptions(model().device()).dtype(at::kDouble));
     if (parallel.is_last_stage() && parallel.tp.rank() == 0) result[0] += loss;
-    if (parallel.dp_cp.rank() == 0 && squares.defined()) result[1] += squares.to(model().device());
+    if (squares.defined()) result[1] += squares.to(model().device());
     parallel.world.all_reduce(result);
     return result;
+  }
+
+  /// The loss is finite and the gradients are not: with loss scaling a step to skip. Throws where that cannot help.
+  void judge(StepResult& result) const {
+    if (std::isfinite(result.loss) && std::isfinite(result.grad_norm)) return;
+    result.skipped = optimizer.scaler().skips() && std::isfinite(result.loss) && !optimizer.scaler().exhausted();
+    if (result.skipped) return;
+    const bool norm = std::isfinite(result.loss);
+    fail<NonFiniteError>("train_step: step ", result.iteration, ": the ", norm ? "gradient norm" : "loss", " is ",
+                         norm ? result.grad_norm : result.loss,
+                         norm && optimizer.scaler().skips() ? " at the smallest loss scale" : "",
+                         "; no parameter was changed");
   }
 };
 
 void finish_gradients(const Chunks& chunks) {
   at::NoGradGuard no_grad;
   const auto& parallel = chunks.at(0)->parallel();
-  std::vector<TrainableParameter> parameters;
-  for (auto& parameter : all_parameters(chunks)) {
-    if (!parameter.tensor.requires_grad()) continue;
-    auto& grad = parameter.tensor.mutable_grad();
-    if (!grad.defined()) grad = at::zeros_like(parameter.tensor);
-    parameters.push_back({parameter.name, parameter.tensor, grad, parameter.traits});
+  std::vector<GradientPiece> pieces;
+  for (const auto& parameter : managed_parameters(chunks)) {
+    if (!parameter.trainable) continue;
+    auto tensor = parameter.tensor;
+    auto& grad = tensor.mutable_grad();
+    if (!grad.defined()) grad = at::zeros_like(tensor);
+    pieces.push_back({grad.view({-1}), 0, grad.numel(), row_elements(tensor), parameter.traits});
   }
-  complete_gradients(parameters, parallel);
-  for (auto& parameter : parameters) parallel.dp_cp.all_reduce(parameter.main_grad);
+  complete_gradients(pieces, parallel);
+  for (auto& piece : pieces) (piece.traits.expert ? parallel.edp : parallel.dp_cp).all_reduce(piece.values);
 }
 
 Trainer::Trainer(Chunks chunks, OptimizerOptions options) {
   options.validate();
-  MCB_CHECK(chunks.empty() || chunks[0]->config().params_dtype != at::kHalf,
-            "Trainer: float16 needs loss scaling, which this version does not have; use bfloat16");
   MCB_CHECK(chunks.size() == 1, "Trainer: needs exactly one model chunk in this version, found ", chunks.size());
   state_ = std::make_unique<State>(std::move(chunks), std::move(options));
 }
@@ -166,39 +194,57 @@ Trainer::~Trainer() = default;
 
 int64_t Trainer::iteration() const { return state_->iteration; }
 
+Optimizer& Trainer::optimizer() { return state_->optimizer; }
+
+std::map<std::string, int64_t> Trainer::memory() const {
+  std::map<std::string, int64_t> result{{"optimizer", state_->optimizer.device_bytes()},
+                                        {"optimizer_host", state_->optimizer.host_bytes()}};
+  for (const auto& bucket : state_->buffers->buckets()) {
+    result["parameters"] += bucket->param_bytes();
+    result["gradients"] += bucket->grad_bytes();
+  }
+  return result;
+}
+
 StepResult Trainer::train_step(const std::vector<ForwardInput>& micro_batches) {
   auto& s = *state_;
   const auto counts = count(micro_batches, s.model());
   const auto batches = moved(micro_batches, s.model().device());
-  const auto weights = loss_weights(counts, s.options.calculate_per_token_loss);
+  const double loss_scale = s.optimizer.scaler().scale();
+  auto weights = loss_weights(counts, s.options.calculate_per_token_loss);
+  for (auto& weight : weights) weight *= loss_scale;
+  const auto update = s.iteration + 1 - s.optimizer.skipped;  // skipped steps do not advance the schedules
   StepResult result{.iteration = s.iteration + 1,
-                    .lr = learning_rate(s.options, s.iteration + 1),
+                    .lr = learning_rate(s.options, update),
                     .tokens = counts.tokens,
-                    .loss_tokens = counts.loss_tokens};
+                    .loss_tokens = counts.loss_tokens,
+                    .weight_decay = weight_decay(s.options, update),
+                    .loss_scale = loss_scale};
 
+  s.optimizer.take_over();
   for (auto& chunk : s.chunks) chunk->train(true);
-  s.gradients.begin();
+  s.buffers->begin(static_cast<int>(batches.size()));
   const auto schedule = one_forward_one_backward(s.model().parallel().pp.size(), static_cast<int>(batches.size()));
   const auto loss = s.executor.train(schedule, batches, weights);
-  s.gradients.reduce();
+  s.buffers->finish_gradients();
 
   at::NoGradGuard no_grad;
-  const auto totals = s.totals(loss, s.gradients.sum_of_squares());
-  const auto norm = totals[1].sqrt();
+  const auto totals = s.totals(loss, s.buffers->sum_of_squares());
   const auto skip = totals.isfinite().all().logical_not().to(at::kFloat);
-  // Gradients are divided by max(1, norm / clip); a step that is skipped must not meet NaN on the way.
-  auto scale = at::ones({}, norm.options());
-  if (s.options.clip_grad > 0) scale = ((norm + 1e-6) / s.options.clip_grad).clamp_min(1.0).nan_to_num(1.0);
-  s.optimizer.step(result.lr, scale.to(at::kFloat), skip);
+  const auto scale = grad_scale(totals[1].sqrt(), loss_scale, s.options.clip_grad);
+  s.optimizer.step(result.lr, result.weight_decay, scale, skip);
+  if (!s.optimizer.offloads()) s.buffers->gather_parameters();
 
-  const auto host = totals.to(at::kCPU);  // the one place where the host waits for the device
-  result.loss = host[0].item<double>();
-  result.grad_norm = std::sqrt(host[1].item<double>());
-  if (!std::isfinite(result.loss) || !std::isfinite(result.grad_norm)) {
-    fail<NonFiniteError>("train_step: step ", result.iteration, ": the ",
-                         std::isfinite(result.loss) ? "gradient norm" : "loss", " is ",
-                         std::isfinite(result.loss) ? result.grad_norm : result.loss, "; no parameter was changed");
-  }
+  const auto host =
+      at::stack({totals[0], totals[1], scale.to(at::kDouble)}).to(at::kCPU);  // the one wait for the device
+  result.loss = host[0].item<double>() / loss_scale;
+  result.grad_norm = std::sqrt(host[1].item<double>()) / loss_scale;
+  s.judge(result);
+  s.optimizer.finish_on_host(host[2].item<double>(), result.skipped);
+  if (s.optimizer.offloads()) s.buffers->gather_parameters();
+  s.optimizer.scaler().update(!result.skipped);
+  s.optimizer.skipped += result.skipped;
+  result.skipped_steps = s.optimizer.skipped;
   ++s.iteration;
   return result;
 }

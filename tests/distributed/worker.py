@@ -57,12 +57,15 @@ def run(case, folder):
         mb.add_lora(models, mb.LoraOptions(**lora))
     trainer = mb.Trainer(
         models,
-        lr=2e-3,
-        train_iters=max(1, case["steps"]),
-        lr_warmup_iters=min(2, case["steps"] // 2),
-        weight_decay=0.1,
-        **case.get("options", {}),
+        **{
+            "lr": 2e-3,
+            "train_iters": max(1, case["steps"]),
+            "lr_warmup_iters": min(2, case["steps"] // 2),
+            "weight_decay": 0.1,
+            **case.get("options", {}),
+        },
     )
+    memory = trainer.memory
     total = case.get("micro_batches", 4)
     share = total // state.dp_size
     losses, norms = [], []
@@ -84,7 +87,7 @@ def run(case, folder):
     if out:
         config.bridge.save_weights(models, out, max_shard_size="50KB")
     mb.destroy_model_parallel()
-    return dict(losses=losses, norms=norms, evaluated=evaluated, weights=weights, adapter=adapter, logits=logits)
+    return dict(losses=losses, norms=norms, evaluated=evaluated, weights=weights, adapter=adapter, logits=logits, memory=memory)
 
 
 def main():

@@ -106,3 +106,14 @@ def test_launching():
         ["sft"], {"NPROC_PER_NODE": "8", "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     )
     assert {"--nnodes=2", "--node_rank=1", "--master_addr=a", "--master_port=1"} <= set(many) and "--standalone" not in many
+
+
+def test_sharding_strategies():
+    """use_megatron_fsdp means full sharding unless the strategy says otherwise; every optimizer flag has the engine's default."""
+    from mcore_bridge.cli.train import OPTIMIZER_OPTIONS
+
+    assert _derived(sft(), "sft").data_parallel_sharding_strategy is None
+    full = _derived(sft("--use_megatron_fsdp", "true", "--accumulate_allreduce_grads_in_fp32", "false"), "sft")
+    assert full.data_parallel_sharding_strategy == "optim_grads_params" and full.main_grads_dtype == "bf16"
+    flags = {field.name for field in dataclasses.fields(TrainArguments)}
+    assert set(OPTIMIZER_OPTIONS) <= flags and not flags & NEUTRAL.keys()

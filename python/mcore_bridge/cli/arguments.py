@@ -95,11 +95,55 @@ class TrainArguments(ModelArguments):
     lr_warmup_init: float = flag(0.0, "where the warm-up starts")
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = flag("exponential", "tail of WSD")
     lr_wsd_decay_iters: Optional[int] = flag(None, "steps of the tail")
+    lr_mult: Dict[str, float] = flag({}, 'JSON: factors of lr by regular expression over names, e.g. {"embedding": 0.1}')
     weight_decay: float = flag(0.1, "decoupled; not applied to norms and biases")
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = flag("constant", "how it grows over the run")
+    start_weight_decay: Optional[float] = flag(None, "where linear and cosine start")
+    end_weight_decay: Optional[float] = flag(None, "where they end")
     clip_grad: float = flag(1.0, "largest gradient norm; 0: no clipping")
     adam_beta1: float = flag(0.9, "AdamW")
     adam_beta2: float = flag(0.95, "AdamW")
     adam_eps: float = flag(1e-8, "AdamW")
+    optimizer: Literal["adam", "sgd", "muon", "dist_muon"] = flag(
+        "adam", "AdamW; SGD with momentum; Muon for matrices and AdamW for the rest"
+    )
+    sgd_momentum: float = flag(0.9, "SGD")
+    muon_momentum: float = flag(0.9, "Muon")
+    muon_split_qkv: bool = flag(True, "orthogonalise q, k, v (and gate, up) each for itself")
+    muon_use_nesterov: bool = flag(False, "Nesterov momentum")
+    muon_scale_mode: Literal["spectral", "unit_rms_norm", "shape_scaling"] = flag(
+        "spectral", "size of an update by the matrix's shape"
+    )
+    muon_num_ns_steps: int = flag(5, "Newton-Schulz iterations")
+    muon_coefficient_type: Literal["simple", "quintic", "polar_express"] = flag("quintic", "their coefficients")
+    muon_fp32_matmul_prec: Literal["medium", "high", "highest"] = flag("medium", "their products: bf16, TF32, fp32")
+    muon_tp_mode: Literal["blockwise", "distributed", "duplicated"] = flag(
+        "blockwise", "matrices split over TP: each block alone; whole, products summed over ranks; whole, on every rank"
+    )
+    muon_extra_scale_factor: float = flag(1.0, "further factor of Muon's updates")
+    muon_scalar_optimizer: Literal["adam", "sgd"] = flag("adam", "for vectors, embeddings and output layers under Muon")
+
+    use_distributed_optimizer: bool = flag(
+        True, "optimizer states and updates shared out over the data-parallel ranks", "Distributed optimizer and precision"
+    )
+    use_megatron_fsdp: bool = flag(False, "shard what data_parallel_sharding_strategy says")
+    data_parallel_sharding_strategy: Optional[Literal["no_shard", "optim", "optim_grads", "optim_grads_params"]] = flag(
+        None, "what data-parallel ranks share out (ZeRO-0 to 3); default: optim, with use_megatron_fsdp optim_grads_params"
+    )
+    overlap_grad_reduce: bool = flag(False, "reduce gradients while backward goes on")
+    overlap_param_gather: bool = flag(False, "gather updated parameters while forward goes on")
+    ddp_bucket_size: int = flag(40_000_000, "elements of a bucket that is reduced as one")
+    accumulate_allreduce_grads_in_fp32: bool = flag(True, "false: as main_grads_dtype bf16")
+    main_grads_dtype: Literal["fp32", "bf16"] = flag("fp32", "gradients are added up and reduced in it")
+    main_params_dtype: Literal["fp32", "bf16"] = flag("fp32", "bf16: no fp32 master weights (less memory, less exact)")
+    exp_avg_dtype: Literal["fp32", "bf16", "fp16"] = flag("fp32", "first moment (or momentum)")
+    exp_avg_sq_dtype: Literal["fp32", "bf16"] = flag("fp32", "second moment")
+    optimizer_cpu_offload: bool = flag(False, "keep optimizer states in host memory and update there")
+    optimizer_offload_fraction: float = flag(1.0, "the share of them")
+    initial_loss_scale: float = flag(4294967296.0, "float16: first factor on the loss")
+    min_loss_scale: float = flag(1.0, "float16: smallest one")
+    loss_scale_window: int = flag(1000, "float16: good steps before it doubles")
+    hysteresis: int = flag(2, "float16: overflows before it halves")
 
     tuner_type: Literal["full", "lora"] = flag("full", "train everything or an adapter", "Tuning")
     target_modules: Strings = flag(["all-linear"], "layers the adapter goes to: all-linear, linear_qkv, q_proj, ...")

@@ -22,13 +22,8 @@ NEUTRAL = {
     "te_rng_tracker": None, "data_parallel_random_init": [False], "template": [], "is_binary_loss_scale": [], "agent_template": [],
     "max_pixels": [], "norm_bbox": [], "padding_side": ["right"], "enable_thinking": [], "response_prefix": [], "model_kwargs": [],
     # optimizer
-    "optimizer": ["adam"], "optimizer_cpu_offload": [False], "optimizer_offload_fraction": None, "optimizer_cuda_graph": [False],
-    "use_precision_aware_optimizer": [False], "main_grads_dtype": ["fp32"], "main_params_dtype": ["fp32"], "exp_avg_dtype": ["fp32"],
-    "exp_avg_sq_dtype": ["fp32"], "weight_decay_incr_style": ["constant"], "start_weight_decay": [], "end_weight_decay": [],
-    "sgd_momentum": None, "vit_lr": [], "aligner_lr": [], "muon_momentum": None, "muon_split_qkv": None, "muon_use_nesterov": None,
-    "muon_scale_mode": None, "muon_num_ns_steps": None, "muon_coefficient_type": None, "muon_fp32_matmul_prec": None, "muon_tp_mode": None,
-    "muon_extra_scale_factor": None, "muon_scalar_optimizer": None,
-    # checkpoints
+    "optimizer_cuda_graph": [False],
+    "use_precision_aware_optimizer": None,         "vit_lr": [], "aligner_lr": [],             # checkpoints
     "no_save_optim": [True], "no_save_rng": [True], "no_load_optim": None, "no_load_rng": None, "finetune": [True], "async_save": [False],
     "use_persistent_ckpt_worker": None, "use_cpu_initialization": None, "metric_for_best_model": ["loss"], "greater_is_better": [],
     "create_checkpoint_symlink": [False], "dist_ckpt_save_pre_mcore_014": None, "dist_ckpt_optim_fully_reshardable": None,
@@ -36,8 +31,7 @@ NEUTRAL = {
     "test_convert_dtype": None, "device_map": None,
     # parallelism
     "expert_tensor_parallel_size": [1], "pipeline_model_parallel_layout": [], "microbatch_group_size_per_vp_stage": [],
-    "use_distributed_optimizer": None, "use_megatron_fsdp": [False], "data_parallel_sharding_strategy": None, "overlap_grad_reduce": None,
-    "overlap_param_gather": None, "overlap_param_gather_with_optimizer_step": None, "align_param_gather": None, "align_grad_reduce": None,
+        "overlap_param_gather_with_optimizer_step": None, "align_param_gather": None, "align_grad_reduce": None,
     "overlap_p2p_comm": None, "batch_p2p_comm": None, "tp_comm_overlap": None, "nccl_comm_warmup": None, "cp_comm_type": [],
     "cp_partition_mode": ["zigzag"], "sequence_packing_scheduler": [], "ddp_backend": None, "ddp_timeout": None,
     # logging
@@ -45,7 +39,7 @@ NEUTRAL = {
     "swanlab_exp_name": [], "callbacks": [],
     # precision, experts, further heads
     "fp16": [], "bf16": [], "attention_softmax_in_fp32": None, "apply_query_key_layer_scaling": [False],
-    "accumulate_allreduce_grads_in_fp32": None, "fp8_format": [], "fp8_recipe": ["delayed"], "fp8_param_gather": [False],
+    "fp8_format": [], "fp8_recipe": ["delayed"], "fp8_param_gather": [False],
     "fp8_amax_history_len": None, "fp8_amax_compute_algo": None, "fp4_format": [], "fp4_recipe": None, "fp4_param_gather": [False],
     "moe_router_load_balancing_type": [], "moe_router_dtype": ["fp32"], "moe_token_dispatcher_type": None, "moe_enable_deepep": [False],
     "moe_grouped_gemm": None, "moe_permute_fusion": None, "moe_aux_loss_coeff": ["0", "0.0"], "moe_z_loss_coeff": [],

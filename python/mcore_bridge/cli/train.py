@@ -13,6 +13,16 @@ from pathlib import Path
 from .arguments import TrainArguments, parse
 from .launch import finish_distributed, init_distributed
 
+# Flags that the engine's optimizer knows by the same name.
+OPTIMIZER_OPTIONS = [
+    "lr_mult", "weight_decay_incr_style", "start_weight_decay", "end_weight_decay", "optimizer", "sgd_momentum", "muon_momentum",
+    "muon_split_qkv", "muon_use_nesterov", "muon_scale_mode", "muon_num_ns_steps", "muon_coefficient_type", "muon_fp32_matmul_prec",
+    "muon_tp_mode", "muon_extra_scale_factor", "muon_scalar_optimizer", "use_distributed_optimizer", "data_parallel_sharding_strategy",
+    "overlap_grad_reduce", "overlap_param_gather", "ddp_bucket_size", "main_grads_dtype", "main_params_dtype", "exp_avg_dtype",
+    "exp_avg_sq_dtype", "optimizer_cpu_offload", "optimizer_offload_fraction", "initial_loss_scale", "min_loss_scale",
+    "loss_scale_window", "hysteresis",
+]  # fmt: skip
+
 
 def _derived(arguments, command):
     """Defaults that depend on other flags, and combinations that make no sense."""
@@ -24,6 +34,10 @@ def _derived(arguments, command):
         arguments.tuner_type = "lora"
         if len(arguments.adapters) > 1:
             raise ValueError("--adapters: one adapter at a time")
+    if arguments.data_parallel_sharding_strategy is None and arguments.use_megatron_fsdp:
+        arguments.data_parallel_sharding_strategy = "optim_grads_params"
+    if not arguments.accumulate_allreduce_grads_in_fp32:
+        arguments.main_grads_dtype = "bf16"
     if arguments.lr is None:
         arguments.lr = 1e-4 if arguments.tuner_type == "lora" else 1e-5
     if arguments.train_iters is None and arguments.num_train_epochs is None:
@@ -161,7 +175,7 @@ class Run:
             lr_warmup_iters=warmup, lr_warmup_init=a.lr_warmup_init, lr_wsd_decay_style=a.lr_wsd_decay_style,
             lr_wsd_decay_iters=a.lr_wsd_decay_iters or 0, train_iters=self.train_iters, weight_decay=a.weight_decay,
             clip_grad=a.clip_grad, adam_beta1=a.adam_beta1, adam_beta2=a.adam_beta2, adam_eps=a.adam_eps,
-            calculate_per_token_loss=a.calculate_per_token_loss,
+            calculate_per_token_loss=a.calculate_per_token_loss, **{name: getattr(a, name) for name in OPTIMIZER_OPTIONS},
         )  # fmt: skip
 
     def describe(self):

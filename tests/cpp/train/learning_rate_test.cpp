@@ -47,6 +47,21 @@ TEST(LearningRate, Styles) {
   EXPECT_NEAR(learning_rate(wsd, 91), 0.55, 1e-12);
 }
 
+TEST(WeightDecay, Styles) {
+  auto o = options("cosine");
+  EXPECT_DOUBLE_EQ(weight_decay(o, 50), 0.1);
+  o.start_weight_decay = 0.1;
+  o.end_weight_decay = 0.5;
+  o.weight_decay_incr_style = "linear";
+  EXPECT_DOUBLE_EQ(weight_decay(o, 1), 0.1);
+  EXPECT_NEAR(weight_decay(o, 26), 0.2, 1e-12);
+  EXPECT_DOUBLE_EQ(weight_decay(o, 1000), 0.5);
+  o.weight_decay_incr_style = "cosine";
+  EXPECT_NEAR(weight_decay(o, 1), 0.1, 1e-12);
+  EXPECT_NEAR(weight_decay(o, 51), 0.3, 1e-12);
+  EXPECT_NEAR(weight_decay(o, 101), 0.5, 1e-12);
+}
+
 TEST(LearningRate, BadOptions) {
   auto bad = [](auto change) {
     auto o = options("cosine");
@@ -62,6 +77,14 @@ TEST(LearningRate, BadOptions) {
   bad([](auto& o) { o.adam_beta1 = 1; });
   bad([](auto& o) { o.train_iters = 0; });
   bad([](auto& o) { o.lr_decay_style = "WSD", o.lr_wsd_decay_iters = 0; });
+  bad([](auto& o) { o.optimizer = "lion"; });
+  bad([](auto& o) { o.optimizer = "muon", o.data_parallel_sharding_strategy = "optim_grads_params"; });
+  bad([](auto& o) { o.optimizer = "muon", o.optimizer_cpu_offload = true; });
+  bad([](auto& o) { o.data_parallel_sharding_strategy = "everything"; });
+  bad([](auto& o) { o.overlap_grad_reduce = true, o.data_parallel_sharding_strategy = "optim_grads"; });
+  bad([](auto& o) { o.weight_decay_incr_style = "linear"; });
+  bad([](auto& o) { o.lr_mult = {{"(", 1.0}}; });
+  bad([](auto& o) { o.initial_loss_scale = 0.5; });
 }
 
 }  // namespace mcore_bridge

@@ -4,9 +4,9 @@
 #include <gtest/gtest.h>
 
 #include "layers/cross_entropy.h"
+#include "mcore_bridge/error.h"
 #include "models/gpt_model.h"
-#include "train/adamw.h"
-#include "train/grad_buffer.h"
+#include "train/optimizer_state.h"
 
 namespace mcore_bridge {
 namespace {
@@ -50,50 +50,70 @@ TEST(Trainer, LearnsOneBatch) {
   }
 }
 
-/// Two steps of AdamW against the formulae, in double.
-TEST(AdamW, ClosedForm) {
-  auto weight = at::tensor({1.0f, -2.0f, 3.0f}).requires_grad_(true);
-  auto norm = at::tensor({0.5f}).requires_grad_(true);
-  GradBuffer gradients({{"w", weight, {}}, {"n", norm, {.no_weight_decay = true}}}, ParallelState::single());
+/// float16 skips steps that overflow, halves its scale, and learns.
+TEST(Trainer, SkipsOverflowsInFloat16) {
+  Chunks chunks{build_model(tiny("float16"))};
+  initialize(chunks, 1);
   OptimizerOptions options;
-  options.weight_decay = 0.1;
-  AdamW optimizer(gradients, options);
-  const double lr = 0.01;
-  std::vector<double> value{1, -2, 3, 0.5}, m(4), v(4);
-  const auto one = at::ones({}), two = at::full({}, 2.0f), zero = at::zeros({});
-  for (int step = 1; step <= 2; ++step) {
-    gradients.begin();
-    (weight * at::tensor({1.0f, 2.0f, 3.0f}) * step).sum().backward();
-    norm.sum().backward();
-    optimizer.step(lr, two, zero);
-    const double grads[] = {1.0 * step / 2, 2.0 * step / 2, 3.0 * step / 2, 0.5};
-    for (int i = 0; i < 4; ++i) {
-      m[i] = 0.9 * m[i] + 0.1 * grads[i];
-      v[i] = 0.95 * v[i] + 0.05 * grads[i] * grads[i];
-      const double decay = i < 3 ? 0.1 : 0;
-      value[i] -= lr * decay * value[i];
-      value[i] -= lr * (m[i] / (1 - std::pow(0.9, step))) / (std::sqrt(v[i] / (1 - std::pow(0.95, step))) + 1e-8);
-    }
-    for (int i = 0; i < 3; ++i) EXPECT_NEAR(weight[i].item<float>(), value[i], 1e-6);
-    EXPECT_NEAR(norm[0].item<float>(), value[3], 1e-6);
+  options.lr = 1e-2;
+  options.lr_decay_style = "constant";
+  options.initial_loss_scale = 1 << 30;
+  options.hysteresis = 1;
+  options.loss_scale_window = 8;
+  Trainer trainer(chunks, options);
+  ForwardInput batch;
+  batch.input_ids = at::arange(12).remainder(19).view({2, 6});
+  batch.labels = (batch.input_ids + 1).remainder(19);
+  std::vector<at::Tensor> before;
+  for (auto& p : chunks[0]->named_parameters()) before.push_back(p.tensor.detach().clone());
+  auto result = trainer.train_step({batch});
+  EXPECT_TRUE(result.skipped);
+  EXPECT_EQ(result.loss_scale, 1 << 30);
+  size_t i = 0;
+  for (auto& p : chunks[0]->named_parameters()) EXPECT_TRUE(at::equal(before[i++], p.tensor)) << p.name;
+  EXPECT_EQ(trainer.optimizer().steps(), 0);
+  const double first = result.loss;
+  int64_t skipped = 0;
+  bool grew = false;
+  double scale = result.loss_scale;
+  for (int step = 0; step < 60; ++step) {
+    result = trainer.train_step({batch});
+    grew = grew || result.loss_scale > scale;
+    scale = result.loss_scale;
+    skipped += result.skipped;
   }
-  const auto before = weight.detach().clone();
-  optimizer.step(lr, one, one);  // skipped
-  EXPECT_TRUE(at::equal(before, weight.detach()));
+  EXPECT_GT(skipped, 3);
+  EXPECT_TRUE(grew);
+  EXPECT_EQ(result.skipped_steps, skipped + 1);
+  EXPECT_EQ(trainer.optimizer().steps(), 60 - skipped);
+  EXPECT_LT(result.loss, first / 2);
+  EXPECT_EQ(trainer.optimizer().scalars().at("skipped"), skipped + 1);
+
+  chunks[0]->named_parameters()[0].tensor.detach().fill_(NAN);  // no scale helps
+  EXPECT_THROW(
+      {
+        for (int step = 0; step < 60; ++step) trainer.train_step({batch});
+      },
+      NonFiniteError);
 }
 
-TEST(GradBuffer, AccumulatesLowPrecisionInFp32) {
-  auto weight = at::ones({4}, at::kBFloat16).requires_grad_(true);
-  GradBuffer gradients({{"w", weight, {}}}, ParallelState::single());
-  gradients.begin();
-  // 256 + 1 is not a bfloat16: adding in bfloat16 would lose every one.
-  (weight * 256).sum().backward();
-  for (int i = 0; i < 3; ++i) weight.sum().backward();
-  EXPECT_EQ(gradients.parameters()[0].main_grad[0].item<float>(), 259.0f);
-  EXPECT_FALSE(weight.grad().defined());
-  EXPECT_NEAR(gradients.sum_of_squares().item<double>(), 4 * 259.0 * 259.0, 1.0);
-  gradients.begin();
-  EXPECT_EQ(gradients.parameters()[0].main_grad[0].item<float>(), 0.0f);
+/// Weights loaded after the trainer was made count, also where masters are kept.
+TEST(Trainer, TakesOverWrittenParameters) {
+  Chunks chunks{build_model(tiny("bfloat16"))};
+  initialize(chunks, 1);
+  OptimizerOptions options;
+  options.lr_decay_style = "constant";
+  options.lr = 1e-6;
+  Trainer trainer(chunks, options);
+  ForwardInput batch;
+  batch.input_ids = at::arange(12).remainder(19).view({2, 6});
+  batch.labels = (batch.input_ids + 1).remainder(19);
+  trainer.train_step({batch});
+  initialize(chunks, 2);
+  const auto written = chunks[0]->named_parameters()[0].tensor.detach().clone();
+  trainer.train_step({batch});
+  EXPECT_TRUE(at::allclose(chunks[0]->named_parameters()[0].tensor.detach().to(at::kFloat), written.to(at::kFloat),
+                           1e-2, 1e-4));
 }
 
 TEST(CrossEntropy, MatchesLibtorchAndIgnoresPaddingColumns) {

@@ -1,0 +1,111 @@
+// AdamW (https://arxiv.org/abs/1711.05101) and SGD with momentum, over libtorch's fused kernels.
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <functional>
+#include <tuple>
+
+#include "train/update_rule.h"
+
+namespace mcore_bridge {
+namespace {
+
+/// Parallel lists of fp32 tensors, as fused kernels take them: masters, gradients, then each state.
+using Lists = std::vector<std::vector<at::Tensor>>;
+
+constexpr int64_t kStaged = 8 << 20;  // elements converted at a time when a dtype is not fp32
+
+std::vector<at::Tensor> row_of(const Segment& segment) {
+  std::vector<at::Tensor> row{segment.master, segment.gradient()};
+  for (const auto& [kind, tensor] : segment.states) row.push_back(tensor);
+  return row;
+}
+
+/// Calls `kernel` with all-fp32 lists: on the tensors themselves where they are fp32, else on copies of a part at a
+/// time, which go back after.
+void in_fp32(const std::vector<Segment*>& segments, const std::function<void(Lists&)>& kernel) {
+  Lists direct;
+  for (const auto* segment : segments) {
+    const auto row = row_of(*segment);
+    direct.resize(row.size());
+    if (std::all_of(row.begin(), row.end(), [](const auto& t) { return t.scalar_type() == at::kFloat; })) {
+      for (size_t i = 0; i < row.size(); ++i) direct[i].push_back(row[i]);
+      continue;
+    }
+    for (int64_t at = 0; at < row[0].numel(); at += kStaged) {
+      const auto length = std::min(kStaged, row[0].numel() - at);
+      Lists staged(row.size());
+      for (size_t i = 0; i < row.size(); ++i) staged[i].push_back(row[i].narrow(0, at, length).to(at::kFloat));
+      kernel(staged);
+      for (size_t i = 0; i < row.size(); ++i) {
+        if (i != 1 && row[i].scalar_type() != at::kFloat) row[i].narrow(0, at, length).copy_(staged[i][0]);
+      }
+    }
+  }
+  if (!direct.empty() && !direct[0].empty()) kernel(direct);
+}
+
+/// Segments with the same learning rate and weight decay go together.
+template <class Kernel>
+void by_group(const std::vector<Segment*>& segments, const Update& update, const Kernel& kernel) {
+  std::map<std::pair<double, bool>, std::vector<Segment*>> groups;
+  for (auto* segment : segments) groups[{segment->lr_mult, segment->decays}].push_back(segment);
+  for (const auto& [group, members] : groups) {
+    const double lr = update.lr * group.first, decay = group.second ? update.weight_decay : 0.0;
+    in_fp32(members, [&](Lists& lists) { kernel(lists, lr, decay); });
+  }
+}
+
+class AdamW : public UpdateRule {
+ public:
+  explicit AdamW(const OptimizerOptions& options)
+      : beta1_(options.adam_beta1),
+        beta2_(options.adam_beta2),
+        epsilon_(options.adam_eps),
+        kinds_{{"exp_avg", precision(options.exp_avg_dtype)}, {"exp_avg_sq", precision(options.exp_avg_sq_dtype)}} {}
+  std::vector<std::pair<std::string, at::ScalarType>> kinds() const override { return kinds_; }
+  void apply(const std::vector<Segment*>& segments, const Update& update) const override {
+    by_group(segments, update, [&](Lists& lists, double lr, double decay) {
+      const std::vector<at::Tensor> steps(lists[0].size(), update.steps);
+      at::_fused_adamw_(lists[0], lists[1], lists[2], lists[3], {}, steps, lr, beta1_, beta2_, decay, epsilon_,
+                        /*amsgrad=*/false, /*maximize=*/false, update.grad_scale, update.skip);
+    });
+  }
+
+ private:
+  double beta1_, beta2_, epsilon_;
+  std::vector<std::pair<std::string, at::ScalarType>> kinds_;
+};
+
+class Sgd : public UpdateRule {
+ public:
+  explicit Sgd(const OptimizerOptions& options)
+      : momentum_(options.sgd_momentum), dtype_(precision(options.exp_avg_dtype)) {}
+  std::vector<std::pair<std::string, at::ScalarType>> kinds() const override {
+    if (momentum_ == 0) return {};
+    return {{"momentum_buffer", dtype_}};
+  }
+  void apply(const std::vector<Segment*>& segments, const Update& update) const override {
+    by_group(segments, update, [&](Lists& lists, double lr, double decay) {
+      const auto momenta = momentum_ == 0 ? std::vector<at::Tensor>{} : lists[2];
+      // A zero buffer is what a first step starts from.
+      at::_fused_sgd_(lists[0], lists[1], momenta, decay, momentum_, lr, /*dampening=*/0, /*nesterov=*/false,
+                      /*maximize=*/false, /*is_first_step=*/false, update.grad_scale, update.skip);
+    });
+  }
+
+ private:
+  double momentum_;
+  at::ScalarType dtype_;
+};
+
+}  // namespace
+
+std::unique_ptr<UpdateRule> make_adamw(const OptimizerOptions& options) { return std::make_unique<AdamW>(options); }
+std::unique_ptr<UpdateRule> make_sgd(const OptimizerOptions& options) { return std::make_unique<Sgd>(options); }
+
+at::ScalarType precision(const std::string& name) {
+  return name == "bf16" ? at::kBFloat16 : name == "fp16" ? at::kHalf : at::kFloat;
+}
+
+}  // namespace mcore_bridge
