@@ -1,4 +1,5 @@
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include "bridge/atomic_folder.h"
 #include "bridge/checkpoint_plan.h"

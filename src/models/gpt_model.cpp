@@ -1,6 +1,7 @@
 #include "models/gpt_model.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include "layers/cross_entropy.h"
 #include "layers/recompute.h"

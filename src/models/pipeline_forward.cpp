@@ -1,5 +1,6 @@
 // A forward pass over all pipeline stages without a schedule: for inference and checks.
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include "mcore_bridge/error.h"
 #include "models/gpt_model.h"

@@ -1,6 +1,7 @@
 #include "train/executor.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include "mcore_bridge/error.h"

@@ -1,6 +1,7 @@
 #include "mcore_bridge/trainer.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include <cmath>
 
