@@ -132,7 +132,7 @@ at::Tensor GPTModel::run_layers(at::Tensor x, const AttentionInput& attention) {
       for (size_t i = first; i < end; ++i) {
         y = run_unit(static_cast<int>(i) + 1, y,
                      [&](const at::Tensor& z) { return layers_[i]->forward(z, attention); });
-          check_finite(y, "decoder.layers.", place_.layers.first + static_cast<int64_t>(i));
+        check_finite(y, "decoder.layers.", place_.layers.first + static_cast<int64_t>(i));
       }
       return y;
     };
