@@ -42,7 +42,13 @@ class Trainer {
   StepResult train_step(const std::vector<ForwardInput>& micro_batches);
   /// Mean loss without gradients.
   double evaluate(const std::vector<ForwardInput>& micro_batches);
+  /// After a step that threw NonFiniteError: what on this rank is not finite, a line each (parameters, gradients, and,
+  /// by running the micro-batches again layer by layer, the first output). Collective.
+  std::vector<std::string> diagnose(const std::vector<ForwardInput>& micro_batches);
   int64_t iteration() const;
+  /// For a run that goes on: steps done so far.
+  void set_iteration(int64_t iteration);
+  const Chunks& chunks() const;
   /// Its state, for checkpoints.
   Optimizer& optimizer();
   /// Bytes this rank keeps: "parameters", "gradients", "optimizer", "optimizer_host".

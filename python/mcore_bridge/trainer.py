@@ -15,6 +15,7 @@ class Trainer:
     main_params_dtype, exp_avg_dtype, optimizer_cpu_offload, ..."""
 
     def __init__(self, models, **options):
+        self.options = options
         self._engine = _core.Trainer(engines(models), options)
 
     def train_step(self, micro_batches):
@@ -24,6 +25,11 @@ class Trainer:
         gradients overflowed) and skipped_steps so far. Raises FloatingPointError for NaN/Inf before anything is updated."""
         return self._engine.train_step(list(micro_batches))
 
+    def diagnose(self, micro_batches):
+        """After a FloatingPointError: what on this rank holds NaN or Inf (parameters, gradients, the first layer whose output
+        does when the micro-batches run again), a line each. Collective."""
+        return self._engine.diagnose(list(micro_batches))
+
     def evaluate(self, micro_batches):
         """Mean loss per token, without gradients."""
         return self._engine.evaluate(list(micro_batches))
@@ -31,6 +37,11 @@ class Trainer:
     @property
     def iteration(self):
         return self._engine.iteration
+
+    @iteration.setter
+    def iteration(self, steps):
+        """Steps done so far, for a run that goes on: the next one is steps + 1 of the learning-rate schedule."""
+        self._engine.iteration = steps
 
     @property
     def memory(self):

@@ -3,6 +3,7 @@
 #include "bindings/bindings.h"
 #include "mcore_bridge/communication.h"
 #include "mcore_bridge/error.h"
+#include "parallel/flight_recorder.h"
 #include "parallel/parallel_state.h"
 
 namespace mcore_bridge {
@@ -52,6 +53,8 @@ void init_parallel(py::module_& module) {
       .def("group_of", [](const Topology& topology, const std::string& kind, int rank) {
         return topology.group_of(kind_named(kind), rank);
       });
+
+  module.def("flight_records", &flight_records, NoGil());
 
   module.def("group_names", [] {
     std::vector<std::string> names;

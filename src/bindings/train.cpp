@@ -1,5 +1,6 @@
 #include "bindings/bindings.h"
 #include "bindings/forward_input.h"
+#include "core/phase_timer.h"
 #include "mcore_bridge/error.h"
 #include "mcore_bridge/materialised.h"
 #include "mcore_bridge/schedule.h"
@@ -122,6 +123,12 @@ void init_train(py::module_& module) {
              py::gil_scoped_release release;
              return trainer.train_step(batches);
            })
+      .def("diagnose",
+           [](Trainer& trainer, const std::vector<py::dict>& values) {
+             const auto batches = micro_batches(values);
+             py::gil_scoped_release release;
+             return trainer.diagnose(batches);
+           })
       .def("evaluate",
            [](Trainer& trainer, const std::vector<py::dict>& values) {
              const auto batches = micro_batches(values);
@@ -129,8 +136,9 @@ void init_train(py::module_& module) {
              return trainer.evaluate(batches);
            })
       .def_property_readonly("memory", &Trainer::memory)
-      .def_property_readonly("iteration", &Trainer::iteration);
+      .def_property("iteration", &Trainer::iteration, &Trainer::set_iteration);
 
+  module.def("take_phase_seconds", &take_phase_seconds);
   module.def("finish_gradients", &finish_gradients, NoGil());
   module.def("learning_rate", [](const py::dict& options, int64_t iteration) {
     return learning_rate(optimizer_options(options), iteration);

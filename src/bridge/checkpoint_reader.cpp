@@ -35,6 +35,25 @@ CheckpointReader::CheckpointReader(const std::string& path, bool peft_format) {
   }
 }
 
+CheckpointReader::CheckpointReader(const std::string& folder, const Stem& stem) {
+  const auto path = fs::path(folder);
+  const auto index = path / (stem.name + ".safetensors.index.json"), single = path / (stem.name + ".safetensors");
+  if (fs::exists(index)) {
+    open_index(folder, index.string());
+  } else if (fs::exists(single)) {
+    add(single.string());
+  } else {
+    fail<FileNotFoundError>(folder, ": holds neither ", index.filename().string(), " nor ", single.filename().string());
+  }
+}
+
+bool CheckpointReader::exists(const std::string& folder, const Stem& stem) {
+  std::error_code error;
+  const auto path = fs::path(folder);
+  return fs::exists(path / (stem.name + ".safetensors.index.json"), error) ||
+         fs::exists(path / (stem.name + ".safetensors"), error);
+}
+
 void CheckpointReader::open_index(const std::string& folder, const std::string& index) {
   nlohmann::json content;
   try {

@@ -15,6 +15,13 @@ class CheckpointReader {
   /// `path`: a safetensors file, or a folder with model.safetensors.index.json, model.safetensors or (peft_format)
   /// adapter_model.safetensors. FileNotFoundError lists what is missing.
   CheckpointReader(const std::string& path, bool peft_format);
+  /// The files of another stem than "model": <stem>.safetensors or <stem>.safetensors.index.json and its shards.
+  struct Stem {
+    std::string name;
+  };
+  CheckpointReader(const std::string& folder, const Stem& stem);
+  /// Whether `folder` has files of that stem.
+  static bool exists(const std::string& folder, const Stem& stem);
 
   struct Tensor {
     const SafetensorsFile* file;

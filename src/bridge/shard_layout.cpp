@@ -24,7 +24,7 @@ ShardLayout shard_layout(const std::vector<StoredTensor>& tensors, int64_t max_s
   uint64_t filled = 0, total = 0;
   for (const auto& tensor : tensors) {
     const auto bytes = tensor.bytes();
-    if (stem == "model" && !shards.back().empty() && filled + bytes > static_cast<uint64_t>(max_shard_bytes)) {
+    if (stem != "adapter_model" && !shards.back().empty() && filled + bytes > static_cast<uint64_t>(max_shard_bytes)) {
       shards.emplace_back();
       filled = 0;
     }
@@ -41,8 +41,8 @@ ShardLayout shard_layout(const std::vector<StoredTensor>& tensors, int64_t max_s
       file.name = stem + ".safetensors";
     } else {
       char name[64];
-      std::snprintf(name, sizeof(name), "model-%05zu-of-%05zu.safetensors", i + 1, shards.size());
-      file.name = name;
+      std::snprintf(name, sizeof(name), "-%05zu-of-%05zu.safetensors", i + 1, shards.size());
+      file.name = stem + name;
     }
     // Wide elements first, so that every tensor is aligned to its own whatever is mixed.
     std::stable_sort(shards[i].begin(), shards[i].end(), [](const auto* a, const auto* b) {

@@ -4,6 +4,7 @@
 #include <ATen/core/grad_mode.h>
 
 #include "layers/cross_entropy.h"
+#include "layers/finite_check.h"
 #include "layers/recompute.h"
 #include "mcore_bridge/error.h"
 #include "parallel/collectives.h"
@@ -132,6 +133,7 @@ at::Tensor GPTModel::run_layers(at::Tensor x, const AttentionInput& attention) {
       for (size_t i = first; i < end; ++i) {
         y = run_unit(static_cast<int>(i) + 1, y,
                      [&](const at::Tensor& z) { return layers_[i]->forward(z, attention); });
+        check_finite(y, "decoder.layers.", place_.layers.first + static_cast<int64_t>(i));
       }
       return y;
     };
@@ -151,6 +153,7 @@ at::Tensor GPTModel::forward(const ForwardInput& input, bool gather_output) {
     MCB_CHECK(!config_.sequence_parallel || input.input_ids.size(1) % tp == 0, "forward: with sequence_parallel the ",
               input.input_ids.size(1), " positions must divide by tensor_model_parallel_size ", tp, "; pad the batch");
     x = run_unit(unit_of("embedding."), {}, [&](const at::Tensor&) { return embedding_->forward(input.input_ids); });
+    check_finite(x, "embedding.word_embeddings");
   } else {
     MCB_CHECK(input.hidden.defined(),
               "forward: this stage takes hidden states from the one before; call set_input_tensor");
@@ -161,8 +164,10 @@ at::Tensor GPTModel::forward(const ForwardInput& input, bool gather_output) {
   if (!output_) return x;
 
   return run_unit(unit_of("output_layer."), x, [&](const at::Tensor& hidden) {
-    const auto logits =
-        output_->forward(final_norm_->forward(hidden), embedding_ ? embedding_->weight() : at::Tensor());
+    const auto normed = final_norm_->forward(hidden);
+    check_finite(normed, "decoder.final_layernorm");
+    const auto logits = output_->forward(normed, embedding_ ? embedding_->weight() : at::Tensor());
+    check_finite(logits, "output_layer");
     if (input.labels.defined()) {  // logits: [s, b, local vocabulary]
       return vocab_parallel_cross_entropy(logits, input.labels.t(), config_.padded_vocab_size, parallel_->tp)
           .t()

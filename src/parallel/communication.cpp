@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "mcore_bridge/communication.h"
+#include "parallel/flight_recorder.h"
 
 namespace mcore_bridge {
 namespace {
@@ -38,6 +39,8 @@ int64_t wire_bytes(Operation operation, int64_t bytes, int ranks, bool root) {
 }
 
 }  // namespace
+
+const char* operation_name(Operation operation) { return kOperations[static_cast<size_t>(operation)]; }
 
 void count_communication(std::optional<GroupKind> kind, Operation operation, int64_t bytes, int ranks, bool root) {
   auto& counter = counters[kind ? static_cast<size_t>(*kind) : kKinds - 1][static_cast<size_t>(operation)];

@@ -6,16 +6,34 @@
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include "mcore_bridge/error.h"
+#include "parallel/flight_recorder.h"
 
 namespace mcore_bridge {
 
 struct Group::Backend {
   c10::intrusive_ptr<c10d::ProcessGroup> process_group;
+  std::shared_ptr<FlightRecorder> recorder;
+
+  /// Runs an operation on record; a failure (a timeout, a peer that is gone) names it.
+  template <class Work>
+  void run(Operation operation, c10::IntArrayRef shape, const Work& work) const {
+    const FlightRecorder::Scope scope(*recorder, operation, shape);
+    try {
+      work();
+    } catch (const c10::Error& error) {
+      failed(operation, shape, error.what_without_backtrace());
+    } catch (const std::exception& error) {
+      failed(operation, shape, error.what());
+    }
+  }
+  [[noreturn]] void failed(Operation operation, c10::IntArrayRef shape, const char* why) const {
+    fail<Error>(operation_name(operation), " of ", shape, " in group ", recorder->description(), ": ", why);
+  }
 };
 
 Group::Group(c10::intrusive_ptr<c10d::ProcessGroup> backend, std::vector<int> ranks, int rank,
              std::optional<GroupKind> kind)
-    : backend_(std::make_shared<Backend>(Backend{std::move(backend)})),
+    : backend_(std::make_shared<Backend>(Backend{std::move(backend), FlightRecorder::create(kind, ranks)})),
       ranks_(std::move(ranks)),
       rank_(rank),
       kind_(kind) {
@@ -43,13 +61,15 @@ void Group::count(Operation operation, int64_t bytes, bool root) const {
 void Group::all_reduce(at::Tensor& tensor) const {
   if (size() == 1) return;
   count(Operation::kAllReduce, tensor.nbytes());
-  reduce(*backend_->process_group, tensor, c10d::ReduceOp::SUM);
+  backend_->run(Operation::kAllReduce, tensor.sizes(),
+                [&] { reduce(*backend_->process_group, tensor, c10d::ReduceOp::SUM); });
 }
 
 void Group::all_reduce_max(at::Tensor& tensor) const {
   if (size() == 1) return;
   count(Operation::kAllReduce, tensor.nbytes());
-  reduce(*backend_->process_group, tensor, c10d::ReduceOp::MAX);
+  backend_->run(Operation::kAllReduce, tensor.sizes(),
+                [&] { reduce(*backend_->process_group, tensor, c10d::ReduceOp::MAX); });
 }
 
 at::Tensor Group::all_gather(const at::Tensor& input) const {
@@ -60,7 +80,8 @@ at::Tensor Group::all_gather(const at::Tensor& input) const {
   sizes[0] *= size();
   auto output = at::empty(sizes, contiguous.options());
   count(Operation::kAllGather, output.nbytes());
-  backend_->process_group->_allgather_base(output, contiguous)->wait();
+  backend_->run(Operation::kAllGather, contiguous.sizes(),
+                [&] { backend_->process_group->_allgather_base(output, contiguous)->wait(); });
   return output;
 }
 
@@ -73,7 +94,8 @@ at::Tensor Group::reduce_scatter(const at::Tensor& input) const {
   sizes[0] /= size();
   auto output = at::empty(sizes, contiguous.options());
   count(Operation::kReduceScatter, contiguous.nbytes());
-  backend_->process_group->_reduce_scatter_base(output, contiguous)->wait();
+  backend_->run(Operation::kReduceScatter, contiguous.sizes(),
+                [&] { backend_->process_group->_reduce_scatter_base(output, contiguous)->wait(); });
   return output;
 }
 
@@ -85,7 +107,8 @@ at::Tensor Group::all_to_all(const at::Tensor& input) const {
   auto output = at::empty_like(contiguous);
   count(Operation::kAllToAll, contiguous.nbytes());
   std::vector<int64_t> equal;  // empty: equal parts
-  backend_->process_group->alltoall_base(output, contiguous, equal, equal)->wait();
+  backend_->run(Operation::kAllToAll, contiguous.sizes(),
+                [&] { backend_->process_group->alltoall_base(output, contiguous, equal, equal)->wait(); });
   return output;
 }
 
@@ -96,13 +119,14 @@ void Group::broadcast(at::Tensor& tensor, int root) const {
   std::vector<at::Tensor> tensors{tensor};
   c10d::BroadcastOptions options;
   options.rootRank = root;
-  backend_->process_group->broadcast(tensors, options)->wait();
+  backend_->run(Operation::kBroadcast, tensor.sizes(),
+                [&] { backend_->process_group->broadcast(tensors, options)->wait(); });
 }
 
 void Group::barrier() const {
   if (size() == 1) return;
   count(Operation::kBarrier, 0);
-  backend_->process_group->barrier()->wait();
+  backend_->run(Operation::kBarrier, {}, [&] { backend_->process_group->barrier()->wait(); });
 }
 
 namespace {
@@ -186,8 +210,14 @@ std::shared_ptr<Group::Pending> Group::start_exchange(std::vector<Message> messa
 }
 
 std::shared_ptr<Group::Pending> Group::exchange(std::vector<Message> messages) const {
-  auto pending = start_exchange(std::move(messages));
-  if (pending) pending->wait();
+  if (messages.empty()) return nullptr;
+  const auto operation = messages.front().send ? Operation::kSend : Operation::kReceive;
+  const auto shape = messages.front().tensor.sizes().vec();
+  std::shared_ptr<Pending> pending;
+  backend_->run(operation, shape, [&] {
+    pending = start_exchange(std::move(messages));
+    pending->wait();
+  });
   return pending;
 }
 

@@ -4,6 +4,7 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include "core/phase_timer.h"
 #include "mcore_bridge/error.h"
 
 namespace mcore_bridge {
@@ -42,6 +43,7 @@ at::Tensor Executor::train(const std::vector<StageSchedule>& schedule, const std
 }
 
 void Executor::forward(int micro_batch) {
+  const TimedPhase timed(Phase::kForward, chunks_[0]->device());
   auto& model = *chunks_[0];
   auto input = (*batches_)[micro_batch];
   auto& live = live_[micro_batch];
@@ -55,6 +57,7 @@ void Executor::forward(int micro_batch) {
 }
 
 void Executor::backward(int micro_batch) {
+  const TimedPhase timed(Phase::kBackward, chunks_[0]->device());
   auto live = std::move(live_.at(micro_batch));
   live_.erase(micro_batch);
   at::Tensor gradient;
@@ -70,6 +73,7 @@ void Executor::backward(int micro_batch) {
 }
 
 void Executor::exchange(const std::vector<Action::Message>& messages) {
+  const TimedPhase timed(Phase::kCommunication, chunks_[0]->device());
   std::vector<Group::Message> round;
   int sent_batch = -1;
   for (const auto& message : messages) {

@@ -4,7 +4,10 @@
 #include <ATen/core/grad_mode.h>
 
 #include <cmath>
+#include <set>
 
+#include "core/phase_timer.h"
+#include "layers/finite_check.h"
 #include "mcore_bridge/error.h"
 #include "parallel/together.h"
 #include "train/complete_gradients.h"
@@ -195,6 +198,13 @@ Trainer::~Trainer() = default;
 
 int64_t Trainer::iteration() const { return state_->iteration; }
 
+void Trainer::set_iteration(int64_t iteration) {
+  MCB_CHECK(iteration >= 0, "Trainer: iteration ", iteration, " is negative");
+  state_->iteration = iteration;
+}
+
+const Chunks& Trainer::chunks() const { return state_->chunks; }
+
 Optimizer& Trainer::optimizer() { return state_->optimizer; }
 
 std::map<std::string, int64_t> Trainer::memory() const {
@@ -227,8 +237,12 @@ StepResult Trainer::train_step(const std::vector<ForwardInput>& micro_batches) {
   s.buffers->begin(static_cast<int>(batches.size()));
   const auto schedule = one_forward_one_backward(s.model().parallel().pp.size(), static_cast<int>(batches.size()));
   const auto loss = s.executor.train(schedule, batches, weights);
-  s.buffers->finish_gradients();
+  {
+    const TimedPhase timed(Phase::kCommunication, s.model().device());
+    s.buffers->finish_gradients();
+  }
 
+  const TimedPhase timed(Phase::kOptimizer, s.model().device());
   at::NoGradGuard no_grad;
   const auto totals = s.totals(loss, s.buffers->sum_of_squares());
   const auto skip = totals.isfinite().all().logical_not().to(at::kFloat);
@@ -248,6 +262,49 @@ StepResult Trainer::train_step(const std::vector<ForwardInput>& micro_batches) {
   result.skipped_steps = s.optimizer.skipped;
   ++s.iteration;
   return result;
+}
+
+std::vector<std::string> Trainer::diagnose(const std::vector<ForwardInput>& micro_batches) {
+  constexpr size_t kMost = 8;
+  auto& s = *state_;
+  const at::NoGradGuard no_grad;
+  std::vector<std::string> found;
+  // Of a parameter that is shared out each rank looks at its part.
+  std::set<std::string> parameters, gradients;
+  auto look = [](const Bucket& bucket, const at::Tensor& shard, std::set<std::string>& bad) {
+    if (!shard.defined() || shard.isfinite().all().item<bool>()) return;
+    for (const auto& entry : bucket.entries()) {
+      const auto first = std::max(entry.offset, bucket.begin());
+      const auto last = std::min(entry.offset + entry.elements(), bucket.end());
+      if (first < last && !shard.narrow(0, first - bucket.begin(), last - first).isfinite().all().item<bool>())
+        bad.insert(entry.parameter->name);
+    }
+  };
+  for (const auto& bucket : s.buffers->buckets()) {
+    look(*bucket, bucket->param_shard(), parameters);
+    look(*bucket, bucket->grad_shard(), gradients);
+  }
+  auto tell = [&](const std::set<std::string>& names, const char* what) {
+    if (names.empty()) return;
+    auto text = std::to_string(names.size()) + " " + what + " hold NaN or Inf: ";
+    size_t count = 0;
+    for (const auto& name : names) {
+      if (++count <= kMost) text += (count > 1 ? ", " : "") + name;
+    }
+    found.push_back(text + (count > kMost ? ", ..." : ""));
+  };
+  tell(parameters, "parameters");
+  tell(gradients, "gradients");
+  const auto batches = moved(micro_batches, s.model().device());
+  for (size_t i = 0; i < batches.size(); ++i) {
+    const FiniteCheck check;
+    s.executor.evaluate({batches[i]}, {1.0});
+    if (!check.first().empty()) {
+      found.push_back("forward of micro-batch " + std::to_string(i) + ": " + check.first() +
+                      " is the first whose output holds NaN or Inf");
+    }
+  }
+  return found;
 }
 
 double Trainer::evaluate(const std::vector<ForwardInput>& micro_batches) {

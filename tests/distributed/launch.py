@@ -15,11 +15,12 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def launch(arguments, processes, timeout=600):
-    """Runs a Python command line on `processes` ranks (1: without torchrun); returns the finished process."""
+def launch(arguments, processes, timeout=600, torchrun=()):
+    """Runs a Python command line on `processes` ranks (1: without torchrun); returns the finished process. `torchrun`: further
+    flags of it."""
     prefix = [sys.executable]
     if processes > 1:
-        prefix += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        prefix += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
     return subprocess.run(
         [*prefix, *map(str, arguments)], env=environment(), timeout=timeout, capture_output=True, text=True, check=False
     )

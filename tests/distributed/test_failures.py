@@ -112,3 +112,23 @@ def test_full_disk_keeps_the_old_state(folder, tmp_path):
 
 def test_target_is_not_a_folder(folder, tmp_path):
     fails("not_a_folder", folder, tmp_path, "OSError", "file")
+
+
+def ends(scenario, folder, seconds):
+    tiny.save("qwen3", folder, num_attention_heads=6, num_key_value_heads=3, intermediate_size=96)
+    start = time.monotonic()
+    finished = launch([HERE / "hang_worker.py", scenario, folder], 3, timeout=120)
+    assert finished.returncode != 0 and time.monotonic() - start < seconds
+    return [line for line in finished.stderr.splitlines() if "mcore-bridge:" in line], finished.stderr
+
+
+def test_the_rank_that_throws_speaks_alone(tmp_path):
+    said, everything = ends("throw", tmp_path / "three", 60)
+    assert said == ["mcore-bridge: rank 1: error: something only rank 1 sees"], everything
+
+
+def test_a_hang_names_the_operation_and_who_is_missing(tmp_path):
+    said, everything = ends("hang", tmp_path / "three", 90)
+    assert len(said) == 1 and "all_reduce of [" in said[0] and "in group " in said[0] and "(ranks 0, 1, 2)" in said[0], everything
+    assert "rank 1 never came: its last was all_reduce (number" in everything
+    assert "rank 2 never came" not in everything and "rank 0 never came" not in everything

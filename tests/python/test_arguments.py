@@ -48,7 +48,7 @@ def test_file_of_flags(tmp_path, monkeypatch):
         (["--train_iters", "many"], "train_iters"),
         (["--lr_decay_style", "sideways"], "cosine"),
         (["--columns", "{"], "not JSON"),
-        (["--streaming", "true"], "not supported"),
+        (["--lazy_tokenize", "true"], "not supported"),
         (["--fp8_format", "hybrid"], "not supported"),
         (["--moe_aux_loss_coeff", "0.01"], "moe_aux_loss_coeff 0.01 is not supported"),
         (["--bf16", "true"], "not supported"),

@@ -60,6 +60,14 @@ class TrainArguments(ModelArguments):
     dataset_shuffle: bool = flag(True, "shuffle the rows once")
     train_dataloader_shuffle: bool = flag(True, "shuffle the samples anew every epoch")
     dataset_num_proc: int = flag(1, "processes that tokenise")
+    interleave_prob: Strings = flag([], "share of each dataset in the mixture, e.g. 0.7 0.3; default: one after the other")
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = flag(
+        "first_exhausted", "an interleaved epoch ends when the first dataset runs out, or starts it over until all have"
+    )
+    streaming: bool = flag(False, "read and tokenise while training instead of before; needs train_iters")
+    shuffle_buffer_size: int = flag(1000, "streamed rows that are shuffled (and packed) among themselves")
+    dataloader_num_workers: int = flag(1, "threads that prepare batches ahead of the training; 0: none")
+    dataloader_prefetch_factor: int = flag(2, "global batches each of them prepares ahead")
     data_seed: int = flag(42, "seed of the data order")
     columns: Dict[str, str] = flag({}, 'JSON: rename columns, e.g. {"question": "query"}')
     strict: bool = flag(False, "a row that cannot be read is an error instead of being dropped with a warning")
@@ -162,12 +170,39 @@ class TrainArguments(ModelArguments):
     add_version: bool = flag(True, "put results into output_dir/vN-<time>", "Saving and logging")
     save_steps: int = flag(500, "checkpoint every so many steps, and at the end")
     save_strategy: Literal["steps", "epoch"] = flag("steps", "or at the end of every epoch")
-    save_total_limit: Optional[int] = flag(None, "keep so many checkpoints, the newest")
+    save_total_limit: Optional[int] = flag(None, "keep so many checkpoints: the last ones and (from 2 on) the best")
+    metric_for_best_model: Literal["loss"] = flag("loss", "the validation loss, or the training loss without validation data")
+    greater_is_better: bool = flag(False, "whether more of it is better")
+    create_checkpoint_symlink: bool = flag(False, "links `best` and `last` beside the checkpoints")
+    async_save: bool = flag(False, "training waits only for the copy to host memory; files are written behind its back")
+    no_save_optim: bool = flag(False, "leave the optimizer's state out of checkpoints")
+    no_save_rng: bool = flag(False, "leave the random number generators' states out")
+    resume_from_checkpoint: Optional[str] = flag(
+        None, "go on from a checkpoint folder, from the newest one of a run's folder, or (auto) of output_dir if there is any"
+    )
+    finetune: Optional[bool] = flag(None, "of the checkpoint take weights and optimizer only: step 0, data from the start")
+    no_load_optim: bool = flag(False, "resume with a fresh optimizer")
+    no_load_rng: bool = flag(False, "resume with freshly seeded random number generators")
     merge_lora: bool = flag(False, "write checkpoint-N-merged beside each adapter")
     logging_steps: int = flag(5, "steps per log line")
     eval_steps: Optional[int] = flag(None, "steps between evaluations; default: save_steps")
     eval_iters: int = flag(-1, "global batches per evaluation; -1: all, 0: none")
-    report_to: Strings = flag(["tensorboard"], "tensorboard or none")
+    report_to: Strings = flag(["tensorboard"], "tensorboard, wandb, swanlab or none")
+    tensorboard_dir: Optional[str] = flag(None, "default: output_dir/runs")
+    wandb_project: Optional[str] = flag(None, "default: megatron-swift")
+    wandb_exp_name: Optional[str] = flag(None, "default: output_dir")
+    swanlab_project: Optional[str] = flag(None, "default: megatron-swift")
+    swanlab_exp_name: Optional[str] = flag(None, "default: output_dir")
+    profile: Optional[str] = flag(None, "steps to profile, FIRST-LAST: a Chrome trace per rank in output_dir/profile")
+
+    on_nonfinite: Literal["stop", "skip"] = flag(
+        "stop", "a NaN or Inf in loss or gradients: save and stop, or skip the step", "Guards"
+    )
+    loss_spike_threshold: float = flag(
+        8.0, "a loss so many robust standard deviations above the recent ones is a spike; 0: none is"
+    )
+    on_loss_spike: Literal["warn", "stop"] = flag("warn", "what a spike does (it is recorded in bad_batches.jsonl anyway)")
+    distributed_timeout_minutes: int = flag(30, "a collective operation that takes longer is an error")
 
 
 @dataclass

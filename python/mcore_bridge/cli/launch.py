@@ -45,7 +45,7 @@ def relaunch(argv):
     return 0
 
 
-def init_distributed():
+def init_distributed(timeout_minutes=30):
     """Joins the process group under torchrun (Gloo, and NCCL with GPUs); picks this rank's GPU."""
     import torch
     import torch.distributed as dist
@@ -56,12 +56,18 @@ def init_distributed():
         from datetime import timedelta
 
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        from .failures import watch
+
+        watch(timeout_minutes)
 
 
 def finish_distributed():
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
+        from .failures import unwatch
+
         dist.barrier()
+        unwatch()
         dist.destroy_process_group()

@@ -3,7 +3,6 @@
 import importlib
 import os
 import sys
-import time
 
 COMMANDS = {
     "sft": ("train", "fine-tune on conversations (full or LoRA)"),
@@ -12,9 +11,6 @@ COMMANDS = {
     "verify": ("verify", "compare the engine's logits with Transformers'"),
     "inspect": ("inspect", "show the layout of a checkpoint without loading it"),
 }
-
-# How long the other ranks leave the word to rank 0; torchrun looks at its processes ten times a second.
-SECONDS_TO_RANK_ZERO = 2
 
 
 def usage():
@@ -56,22 +52,9 @@ def main(argv=None):
     except (ValueError, KeyError, FileNotFoundError, OSError, FloatingPointError, RuntimeError) as error:
         if os.environ.get("LOG_LEVEL", "").upper() == "DEBUG":
             raise
+        from .failures import fail
+
         return fail(error)
-
-
-def fail(error):
-    """Shows the cause and ends this process at once: a rank that lingers in a destructor would keep the others waiting. Most
-    mistakes are seen by every rank: rank 0 speaks first and torchrun ends the others before they repeat it."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank:
-        time.sleep(SECONDS_TO_RANK_ZERO)
-    text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
-    prefix = f"rank {rank}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    print(f"mcore-bridge: {prefix}error: {text}", file=sys.stderr, flush=True)
-    if "RANK" in os.environ:
-        sys.stdout.flush()
-        os._exit(1)
-    return 1
 
 
 if __name__ == "__main__":

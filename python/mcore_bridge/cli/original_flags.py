@@ -14,29 +14,28 @@ NEUTRAL = {
     "bias_activation_fusion": None, "apply_rope_fusion": None, "gradient_accumulation_fusion": None, "cross_entropy_loss_fusion": None,
     "cross_entropy_fusion_impl": None,
     # data and templates
-    "load_from_cache_file": None, "lazy_tokenize": [False], "streaming": [False], "cached_dataset": [], "cached_val_dataset": [],
-    "dataloader_num_workers": None, "dataloader_pin_memory": None, "dataloader_persistent_workers": None,
-    "dataloader_prefetch_factor": None, "packing_num_proc": None, "data_sharding": [False], "group_by_length": [False],
-    "mlp_padding_free": [False], "remove_unused_columns": None, "interleave_prob": [], "stopping_strategy": ["first_exhausted"],
-    "shuffle_buffer_size": None, "model_name": [], "model_author": [], "custom_dataset_info": [], "external_plugins": [],
+    "load_from_cache_file": None, "lazy_tokenize": [False], "cached_dataset": [], "cached_val_dataset": [],
+    "dataloader_pin_memory": None, "dataloader_persistent_workers": None,
+    "packing_num_proc": None, "data_sharding": [False], "group_by_length": [False],
+    "mlp_padding_free": [False], "remove_unused_columns": None,
+    "model_name": [], "model_author": [], "custom_dataset_info": [], "external_plugins": [],
     "te_rng_tracker": None, "data_parallel_random_init": [False], "template": [], "is_binary_loss_scale": [], "agent_template": [],
     "max_pixels": [], "norm_bbox": [], "padding_side": ["right"], "enable_thinking": [], "response_prefix": [], "model_kwargs": [],
     # optimizer
-    "optimizer_cuda_graph": [False],
-    "use_precision_aware_optimizer": None,         "vit_lr": [], "aligner_lr": [],             # checkpoints
-    "no_save_optim": [True], "no_save_rng": [True], "no_load_optim": None, "no_load_rng": None, "finetune": [True], "async_save": [False],
-    "use_persistent_ckpt_worker": None, "use_cpu_initialization": None, "metric_for_best_model": ["loss"], "greater_is_better": [],
-    "create_checkpoint_symlink": [False], "dist_ckpt_save_pre_mcore_014": None, "dist_ckpt_optim_fully_reshardable": None,
+    "optimizer_cuda_graph": [False], "use_precision_aware_optimizer": None, "vit_lr": [], "aligner_lr": [],
+    # checkpoints
+    "use_persistent_ckpt_worker": None, "use_cpu_initialization": None, "dist_ckpt_save_pre_mcore_014": None,
+    "dist_ckpt_optim_fully_reshardable": None,
     "distrib_optim_fully_reshardable_mem_efficient": None, "to_hf": [True], "to_mcore": [False], "test_convert_precision": [False],
     "test_convert_dtype": None, "device_map": None,
     # parallelism
     "expert_tensor_parallel_size": [1], "pipeline_model_parallel_layout": [], "microbatch_group_size_per_vp_stage": [],
-        "overlap_param_gather_with_optimizer_step": None, "align_param_gather": None, "align_grad_reduce": None,
+    "overlap_param_gather_with_optimizer_step": None, "align_param_gather": None, "align_grad_reduce": None,
     "overlap_p2p_comm": None, "batch_p2p_comm": None, "tp_comm_overlap": None, "nccl_comm_warmup": None, "cp_comm_type": [],
     "cp_partition_mode": ["zigzag"], "sequence_packing_scheduler": [], "ddp_backend": None, "ddp_timeout": None,
     # logging
-    "tensorboard_dir": [], "tensorboard_queue_size": None, "wandb_project": [], "wandb_exp_name": [], "swanlab_project": [],
-    "swanlab_exp_name": [], "callbacks": [],
+    "tensorboard_queue_size": None,
+    "callbacks": [],
     # precision, experts, further heads
     "fp16": [], "bf16": [], "attention_softmax_in_fp32": None, "apply_query_key_layer_scaling": [False],
     "fp8_format": [], "fp8_recipe": ["delayed"], "fp8_param_gather": [False],

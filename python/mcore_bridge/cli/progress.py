@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from ..training.reporters import open_all
 from ..utils import is_master
 
 # Dense bf16 peak of common GPUs in TFLOP/s, from their data sheets.
@@ -34,35 +35,48 @@ def peak_tflops():
 class Progress:
     """Only rank 0 shows and writes; the others' calls do nothing."""
 
-    def __init__(self, output_dir, total, report_to, describe):
+    def __init__(self, output_dir, total, arguments, describe, resumed=0):
+        """`resumed`: the step a run goes on from; what an earlier attempt logged behind it is dropped."""
         self.active = is_master()
-        self.total, self.start, self.tokens = total, time.monotonic(), 0
-        self.records = []
-        self.bar = self.writer = None
+        self.total, self.start, self.resumed, self.before = total, time.monotonic(), resumed, 0.0
+        self.records, self.reporters = [], []
+        self.bar = None
         if not self.active:
             return
         self.folder = Path(output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._keep_log(self.folder / "logging.jsonl")
         self.log = open(self.folder / "logging.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
-        if "tensorboard" in report_to:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.writer = SummaryWriter(str(self.folder / "runs"))
-            except ImportError:
-                print("tensorboard is not installed; --report_to none silences this", flush=True)
+        self.reporters = open_all(arguments, output_dir, resumed)
         print(describe, flush=True)
         if sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self.bar = Progress(BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
-            self.task = self.bar.add_task("train", total=total, text="")
+            self.task = self.bar.add_task("train", total=total, text="", completed=resumed)
             self.bar.start()
+
+    def _keep_log(self, path):
+        """Takes over the log's records up to the step a run goes on from."""
+        if not self.resumed or not path.exists():
+            return
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:  # the last line of a run that was killed
+                continue
+            if "iteration" in record and record["iteration"] <= self.resumed:
+                self.records.append(record)
+        self.before = max((record.get("elapsed", 0.0) for record in self.records), default=0.0)
+        aside = path.with_name(path.name + ".new")
+        aside.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
+        aside.replace(path)
 
     def step(self, record, show):
         """After every step; `show` also prints and writes."""
         if not self.active:
             return
+        record["elapsed"] = self.before + time.monotonic() - self.start
         self.records.append(record)
         text = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  grad {record['grad_norm']:.3f}  {record['tokens_per_second']:,.0f} tok/s"
         if record.get("tflops"):
@@ -73,13 +87,13 @@ class Progress:
             return
         self.log.write(json.dumps(record) + "\n")
         self.log.flush()
-        if self.writer:
-            for key, value in record.items():
-                if key != "iteration":
-                    self.writer.add_scalar(f"train/{key}", value, record["iteration"])
+        numbers = {f"train/{key}": value for key, value in record.items() if key != "iteration"}
+        for reporter in self.reporters:
+            reporter.write(record["iteration"], numbers)
         if not self.bar:
             elapsed = time.monotonic() - self.start
-            left = elapsed / record["iteration"] * (self.total - record["iteration"]) if record["iteration"] else 0
+            done = record["iteration"] - self.resumed
+            left = elapsed / done * (self.total - record["iteration"]) if done > 0 else 0
             print(
                 f"step {record['iteration']}/{self.total}  {text}  {record['memory_gib']:.1f} GiB  ETA {_clock(left)}", flush=True
             )
@@ -91,8 +105,8 @@ class Progress:
         self.records.append(record)
         self.log.write(json.dumps(record) + "\n")
         self.log.flush()
-        if self.writer:
-            self.writer.add_scalar("eval/loss", loss, iteration)
+        for reporter in self.reporters:
+            reporter.write(iteration, {"eval/loss": loss})
         self.say(f"step {iteration}: evaluation loss {loss:.4f}, perplexity {math.exp(min(loss, 50)):.2f}")
 
     def say(self, text):
@@ -108,8 +122,8 @@ class Progress:
         last = {"summary": True, "seconds": round(seconds, 3), **summary}
         self.log.write(json.dumps(last) + "\n")
         self.log.close()
-        if self.writer:
-            self.writer.close()
+        for reporter in self.reporters:
+            reporter.close()
         self._plot()
         print(f"done in {_clock(seconds)}: {json.dumps(summary)}", flush=True)
 

@@ -63,7 +63,10 @@ def build_config(arguments, folder, **more):
             **arguments.megatron_extra_kwargs,
         }
     )
-    mb.initialize_model_parallel(**sizes)  # after the config: its errors are about the model, not the machine
+    timeout = getattr(arguments, "distributed_timeout_minutes", 30)
+    mb.initialize_model_parallel(
+        **sizes, distributed_timeout_minutes=timeout
+    )  # after the config: its errors are about the model, not the machine
     return config
 
 

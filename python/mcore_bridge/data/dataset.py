@@ -31,33 +31,48 @@ RESPONSE = (
     "content",
 )
 SYSTEM = ("system", "system_prompt")
+FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 KEPT = ("tools", "channel", "chat_template_kwargs")
 
 
-def read_rows(source, seed=42):
-    """Rows (dicts) of a file or hub dataset. `source`: path or id, optionally :subset and #count (below the size: a sample;
-    above: repeated). Raises FileNotFoundError or ValueError with the line of a broken row."""
+def split_source(source):
+    """(name, count or None) of NAME or NAME#COUNT."""
     name, _, count = source.partition("#")
     if count and not count.isdigit():
         raise ValueError(f"dataset '{source}': '#{count}' is no number of rows")
+    return name, int(count) if count else None
+
+
+def local_files(name):
+    """The data files that a path stands for; None for a hub id."""
     if os.path.isdir(name):
-        files = sorted(
-            os.path.join(name, file)
-            for file in os.listdir(name)
-            if file.endswith((".jsonl", ".json", ".csv", ".parquet", ".txt"))
-        )
+        files = sorted(os.path.join(name, file) for file in os.listdir(name) if file.endswith(FILES))
         if not files:
             raise FileNotFoundError(f"dataset '{name}': the folder holds no jsonl, json, csv, parquet or txt file")
-        rows = [row for file in files for row in _read_file(file)]
-    elif os.path.isfile(name):
-        rows = _read_file(name)
-    elif name.endswith((".jsonl", ".json", ".csv", ".parquet", ".txt")):
+        return files
+    if os.path.isfile(name):
+        return [name]
+    if name.endswith(FILES):
         raise FileNotFoundError(f"dataset '{name}': no such file")
-    else:
-        rows = _read_hub(name)
+    return None
+
+
+def numbered_rows(source, seed=42):
+    """(index, row) of a file or hub dataset, where the index counts the rows as they lie there. `source`: path or id,
+    optionally :subset and #count (below the size: a sample; above: repeated). Raises FileNotFoundError or ValueError with
+    the line of a broken row."""
+    name, count = split_source(source)
+    files = local_files(name)
+    rows = _read_hub(name) if files is None else [row for file in files for row in _read_file(file)]
     if not rows:
         raise ValueError(f"dataset '{name}' is empty")
-    return take(rows, int(count), seed) if count else rows
+    rows = list(enumerate(rows))
+    return rows if count is None else take(rows, count, seed)
+
+
+def read_rows(source, seed=42):
+    """The rows (dicts) of numbered_rows()."""
+    return [row for _, row in numbered_rows(source, seed)]
 
 
 def take(rows, count, seed):
@@ -68,21 +83,21 @@ def take(rows, count, seed):
     return [rows[index] for index in picked]
 
 
+def parse_line(line, path, number):
+    """The row of a line of a jsonl file."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{number}: not JSON: {error}") from None
+
+
 def _read_file(path):
     if path.endswith(".txt"):
         with open(path, encoding="utf-8") as file:
             return [{"text": line.rstrip("\n")} for line in file if line.strip()]
     if path.endswith(".jsonl"):
-        rows = []
         with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}:{number}: not JSON: {error}") from None
-        return rows
+            return [parse_line(line, path, number) for number, line in enumerate(file, 1) if line.strip()]
     if path.endswith(".json"):
         with open(path, encoding="utf-8") as file:
             try:

@@ -6,7 +6,9 @@ from functools import partial
 
 from ..utils import get_logger
 from .batching import flat_batch, padded_batch
-from .dataset import normalise, read_rows
+from .dataset import normalise, numbered_rows
+from .feed import checksum_of
+from .interleave import check, interleave
 from .packing import pack
 from .template import IGNORE, Template, truncate
 
@@ -21,7 +23,7 @@ def _encode(row, template, arguments, max_length):
     return sample, None if sample else f"longer than max_length {max_length} (or nothing left to learn)"
 
 
-def encode_rows(rows, template, arguments, max_length):
+def encode_rows(rows, template, arguments, max_length, names=None):
     """Samples of rows; what cannot be used is counted and named, or an error with --strict true."""
     work = partial(_encode, template=template, arguments=arguments, max_length=max_length)
     if arguments.dataset_num_proc > 1:
@@ -29,23 +31,34 @@ def encode_rows(rows, template, arguments, max_length):
             results = list(pool.map(work, rows, chunksize=256))
     else:
         results = map(work, rows)
+    return kept_samples(results, arguments.strict, names)
+
+
+def kept_samples(results, strict, names=None):
+    """The samples of what _encode returned. `names`: what each row is called in messages."""
     samples, dropped = [], []
     for index, (sample, why) in enumerate(results):
+        index = names[index] if names else index
         if sample is not None:
+            sample["row"] = index
             samples.append(sample)
-        elif arguments.strict:
-            raise ValueError(f"dataset row {index}: {why}")
+        elif strict:
+            raise ValueError(f"dataset row {_shown(index)}: {why}")
         else:
             dropped.append((index, why))
     if dropped:
         get_logger().warning(
-            f"{len(dropped)} of {len(dropped) + len(samples)} rows are left out, e.g. row {dropped[0][0]}: {dropped[0][1]}"
+            f"{len(dropped)} of {len(dropped) + len(samples)} rows are left out, e.g. row {_shown(dropped[0][0])}: {dropped[0][1]}"
         )
     if not samples:
         raise ValueError(
             f"no usable row is left; the first was left out because: {dropped[0][1] if dropped else 'there are none'}"
         )
     return samples
+
+
+def _shown(name):
+    return f"{name['row']} of {name['source']}" if isinstance(name, dict) else name
 
 
 class Units:
@@ -63,6 +76,17 @@ class Units:
     def __len__(self):
         return len(self.rows)
 
+    def checksum(self):
+        """Tells whether samples are the same, in the same order."""
+        return checksum_of(len(sample["input_ids"]) for sample in self.samples)
+
+    def samples_of(self, unit):
+        return [self.samples[index] for index in self.rows[unit]]
+
+    def row_ids(self, units):
+        """Where the units' samples come from."""
+        return [sample.get("row") for unit in units if unit is not None for sample in self.samples_of(unit)]
+
     @property
     def tokens(self):
         return sum(len(sample["input_ids"]) for sample in self.samples)
@@ -75,11 +99,11 @@ class Units:
     def micro_batch(self, units):
         """A micro-batch of the units; None stands for a token without loss."""
         nothing = {"input_ids": [self.pad_token], "labels": [IGNORE]}
-        samples = [
-            sample
-            for unit in units
-            for sample in ([nothing] if unit is None else [self.samples[index] for index in self.rows[unit]])
-        ]
+        samples = [sample for unit in units for sample in ([nothing] if unit is None else self.samples_of(unit))]
+        return self.build(samples)
+
+    def build(self, samples):
+        """The tensors of a micro-batch of samples."""
         build = flat_batch if self.flat else padded_batch
         return build(samples, self.multiple, self.pad_token)
 
@@ -89,18 +113,74 @@ def load_units(arguments, tokenizer, max_length, multiple):
     if not arguments.dataset:
         raise ValueError("--dataset is missing")
     template = Template(tokenizer, arguments.use_chat_template, arguments.loss_scale)
-    rows = [row for source in arguments.dataset for row in read_rows(source, arguments.data_seed)]
+    rows = mixed_rows(arguments)
     if arguments.dataset_shuffle:
         random.Random(arguments.data_seed).shuffle(rows)
-    held_out = [row for source in arguments.val_dataset for row in read_rows(source, arguments.data_seed)]
+    held_out = [row for source in arguments.val_dataset for row in named_rows(source, arguments.data_seed)]
     if not 0 <= arguments.split_dataset_ratio < 1:
         raise ValueError(f"split_dataset_ratio {arguments.split_dataset_ratio} must be in [0, 1)")
     if arguments.split_dataset_ratio and not held_out:
         count = max(1, int(len(rows) * arguments.split_dataset_ratio))
         rows, held_out = rows[:-count], rows[-count:]
+    build = unit_builder(arguments, tokenizer, template, max_length, multiple)
+    return build(rows), build(held_out) if held_out else None
+
+
+def named_rows(source, seed):
+    """(name, row) of a source, where the name says where the row lies."""
+    return [(row_name(source, index, row), row) for index, row in numbered_rows(source, seed)]
+
+
+def row_name(source, index, row):
+    name = {"source": source, "row": index}
+    return {**name, "id": row["id"]} if isinstance(row, dict) and isinstance(row.get("id"), (str, int)) else name
+
+
+def mixed_rows(arguments):
+    """The training rows of all sources: one after the other, or interleaved."""
+    sources = [named_rows(source, arguments.data_seed) for source in arguments.dataset]
+    if arguments.interleave_prob:
+        shares = check(arguments.interleave_prob, len(sources))
+        return interleave(sources, shares, arguments.stopping_strategy, arguments.data_seed)
+    return [row for rows in sources for row in rows]
+
+
+def unit_builder(arguments, tokenizer, template, max_length, multiple, encoders=None):
+    """f(named rows) -> Units. With `encoders` (a stream) rows that cannot be used may be all of them: then None."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    work = partial(_encode, template=template, arguments=arguments, max_length=max_length)
 
-    def units(some):
-        return Units(encode_rows(some, template, arguments, max_length), arguments, max_length, multiple, pad)
+    def build(named):
+        names, rows = [name for name, _ in named], [row for _, row in named]
+        if encoders is None:
+            samples = encode_rows(rows, template, arguments, max_length, names)
+        else:
+            results = encoders.map(work, rows)
+            if not arguments.strict and not any(sample for sample, _ in results):
+                return None
+            samples = kept_samples(results, arguments.strict, names)
+        return Units(samples, arguments, max_length, multiple, pad)
 
-    return units(rows), units(held_out) if held_out else None
+    return build
+
+
+def stream_units(arguments, tokenizer, max_length, multiple, encoders):
+    """(stream, f(chunk) -> Units or None) of the training data."""
+    from .stream import Stream
+
+    if not arguments.dataset:
+        raise ValueError("--dataset is missing")
+    if arguments.split_dataset_ratio:
+        raise ValueError("--split_dataset_ratio needs data in memory; with --streaming true use --val_dataset")
+    template = Template(tokenizer, arguments.use_chat_template, arguments.loss_scale)
+    shares = check(arguments.interleave_prob, len(arguments.dataset)) if arguments.interleave_prob else None
+    stream = Stream(
+        arguments.dataset,
+        arguments.data_seed,
+        arguments.shuffle_buffer_size,
+        arguments.dataset_shuffle or arguments.train_dataloader_shuffle,
+        shares,
+        arguments.stopping_strategy,
+    )
+    build = unit_builder(arguments, tokenizer, template, max_length, multiple, encoders)
+    return stream, lambda rows: build([(row_name(source, index, row), row) for source, index, row in rows])

@@ -1,0 +1,1 @@
+"""A training run: set-up, the loop, checkpoints, what watches over it."""

@@ -1,0 +1,80 @@
+"""Where numbers go besides the log: tensorboard, Weights & Biases, SwanLab. Each has write(step, {name: number}) and close()."""
+
+from pathlib import Path
+
+NAMES = ("tensorboard", "wandb", "swanlab")
+DEFAULT_PROJECT = "megatron-swift"
+
+
+class Tensorboard:
+    def __init__(self, arguments, output_dir, resumed):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What an interrupted run wrote behind the checkpoint is hidden.
+        purge = {"purge_step": resumed + 1} if resumed else {}
+        self.writer = SummaryWriter(arguments.tensorboard_dir or str(Path(output_dir) / "runs"), **purge)
+
+    def write(self, step, numbers):
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self):
+        self.writer.close()
+
+
+class Wandb:
+    def __init__(self, arguments, output_dir, resumed):
+        import wandb
+
+        self.run = wandb.init(
+            project=arguments.wandb_project or DEFAULT_PROJECT,
+            name=arguments.wandb_exp_name or str(output_dir),
+            dir=str(output_dir),
+            config=vars(arguments),
+            resume="allow" if resumed else None,
+        )
+
+    def write(self, step, numbers):
+        self.run.log(numbers, step=step)
+
+    def close(self):
+        self.run.finish()
+
+
+class Swanlab:
+    def __init__(self, arguments, output_dir, resumed):
+        import swanlab
+
+        self.lab = swanlab
+        swanlab.init(
+            project=arguments.swanlab_project or DEFAULT_PROJECT,
+            experiment_name=arguments.swanlab_exp_name or str(output_dir),
+            logdir=str(Path(output_dir) / "swanlog"),
+            config=vars(arguments),
+        )
+
+    def write(self, step, numbers):
+        self.lab.log(numbers, step=step)
+
+    def close(self):
+        self.lab.finish()
+
+
+def check(names):
+    unknown = set(names) - {*NAMES, "none"}
+    if unknown:
+        raise ValueError(f"--report_to {' '.join(sorted(unknown))} is not supported by this version ({', '.join(NAMES)}, none)")
+
+
+def open_all(arguments, output_dir, resumed):
+    """The reporters asked for; one that is not installed is named and left out."""
+    makers = {"tensorboard": Tensorboard, "wandb": Wandb, "swanlab": Swanlab}
+    opened = []
+    for name in arguments.report_to:
+        if name == "none":
+            continue
+        try:
+            opened.append(makers[name](arguments, output_dir, resumed))
+        except ImportError:
+            print(f"{name} is not installed: pip install {name}, or --report_to none silences this", flush=True)
+    return opened

@@ -1,0 +1,225 @@
+"""The parts of a run that need no model: spikes, streams, mixtures, loaders, generators, which checkpoint is chosen."""
+
+import json
+import random
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mcore_bridge.cli.failures import missing_ranks
+from mcore_bridge.data.feed import StreamFeed
+from mcore_bridge.data.interleave import check, draws, interleave
+from mcore_bridge.data.loader import Loader
+from mcore_bridge.data.sampler import Sampler
+from mcore_bridge.data.stream import Stream, start_position
+from mcore_bridge.training import resume, rng_state
+from mcore_bridge.training.guards import SpikeDetector
+from mcore_bridge.training.profile import parse_steps
+
+
+def test_spikes():
+    noise = random.Random(1)
+    detector = SpikeDetector(8.0)
+    calm = [detector.is_spike(3 - step * 0.01 + noise.gauss(0, 0.05))[0] for step in range(200)]
+    assert not any(calm)
+    assert detector.is_spike(9.0)[0] and not detector.is_spike(1.0)[0]
+    again = SpikeDetector(8.0, list(detector.recent))
+    assert again.is_spike(2.0) == detector.is_spike(2.0)
+    flat = SpikeDetector(8.0, [2.0] * 30)
+    assert not flat.is_spike(2.05)[0] and flat.is_spike(3.0)[0]
+    assert not SpikeDetector(0.0, [1.0] * 30).is_spike(100.0)[0]
+
+
+def test_interleaving():
+    lists = [[f"a{i}" for i in range(50)], [f"b{i}" for i in range(10)]]
+    first = interleave(lists, [0.5, 0.5], "first_exhausted", 1)
+    assert first == interleave(lists, [0.5, 0.5], "first_exhausted", 1) != interleave(lists, [0.5, 0.5], "first_exhausted", 2)
+    assert [row for row in first if row[0] == "b"] == lists[1] and first[-1] == "b9"
+    every = interleave(lists, [0.5, 0.5], "all_exhausted", 1)
+    assert set(every) == {*lists[0], *lists[1]} and [row for row in every if row[0] == "a"] == lists[0]
+    share = sum(which for which, _ in zip(draws([0.3, 0.7], "x"), range(20000))) / 20000
+    assert abs(share - 0.7) < 0.02
+    long = [which for which, _ in zip(draws([0.3, 0.7], "x"), range(3000))]
+    assert [which for which, _ in zip(draws([0.3, 0.7], "x", 1500), range(1500))] == long[1500:]
+    for bad in (["0.5"], ["0.5", "0.6"], ["1.5", "-0.5"]):
+        with pytest.raises(ValueError, match="interleave_prob"):
+            check(bad, 2)
+
+
+def files(tmp_path):
+    sources = []
+    for name, count in (("a", 23), ("b", 7)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": f"{name}{i}"}) + "\n" for i in range(count)))
+        sources.append(str(path))
+    return sources
+
+
+@pytest.mark.parametrize("mix", [None, ("first_exhausted",), ("all_exhausted",)])
+def test_stream_goes_on_from_any_chunk(tmp_path, mix):
+    sources = files(tmp_path)
+
+    def stream():
+        more = dict(probabilities=[0.6, 0.4], strategy=mix[0]) if mix else {}
+        return Stream(sources, 5, 4, **more)
+
+    position, chunks, one = start_position(2), [], stream()
+    for _ in range(25):
+        rows, following = one.chunk(position)
+        assert (rows, following) == stream().chunk(position), "a fresh stream finds the same"
+        chunks.append((position["epoch"], [row["text"] for _, _, row in rows]))
+        position = following
+    epoch = [text for number, rows in chunks for text in rows if number == 1]
+    if mix is None:
+        assert sorted(epoch) == sorted([f"a{i}" for i in range(23)] + [f"b{i}" for i in range(7)])
+        assert epoch != [text for number, rows in chunks for text in rows if number == 0]
+    elif mix[0] == "all_exhausted":
+        assert {f"a{i}" for i in range(23)} <= set(epoch)
+    else:
+        assert len(set(epoch)) == len(epoch)
+
+
+class Fake:
+    """Units as StreamFeed uses them: one row each."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def samples_of(self, unit):
+        return [self.rows[unit]]
+
+    def row_ids(self, units):
+        return [self.rows[unit] for unit in units]
+
+    def build(self, samples):
+        return samples
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_stream_batches_do_not_depend_on_ranks_or_workers(tmp_path, workers):
+    sources = files(tmp_path)
+
+    def batches(ranks, count, position=None):
+        loaders = []
+        for rank in range(ranks):
+            feed = StreamFeed(
+                Stream(sources, 5, 6),
+                lambda rows: Fake([row["text"] for _, _, row in rows]),
+                Sampler(None, 1, 4, rank, ranks),
+                position,
+            )
+            loaders.append(Loader(feed, workers))
+        steps = [[next(loader) for loader in loaders] for _ in range(count)]
+        for loader in loaders:
+            loader.close()
+        assert all(batch.position == step[0].position for step in steps for batch in step)
+        return [[row for batch in step for row in batch.rows] for step in steps], steps[-1][0].position
+
+    whole, _ = batches(1, 17)
+    first, position = batches(2, 9)
+    second, _ = batches(4, 8, json.loads(json.dumps(position)))
+    assert first + second == whole
+    assert sorted(row for rows in whole for row in rows[:])[:2] == ["a0", "a0"]
+
+
+def test_loader_passes_errors_on_and_ends_its_threads():
+    def feed():
+        yield lambda: 1
+        yield lambda: 1 // 0
+
+    loader = Loader(feed(), 2)
+    assert next(loader) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(loader)
+    loader.close()
+
+    def endless():
+        while True:
+            yield lambda: time.sleep(0.01)
+
+    loader = Loader(endless(), 2)
+    next(loader)
+    loader.close()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("mcb-")]
+
+
+def test_generators_go_on():
+    random.seed(3), torch.manual_seed(3)
+    import numpy
+
+    numpy.random.seed(3)
+    random.gauss(0, 1), numpy.random.standard_normal()
+    state = json.loads(json.dumps(rng_state.capture()))
+
+    def some():
+        return random.random(), random.gauss(0, 1), numpy.random.standard_normal(), torch.rand(3).tolist()
+
+    expected = some()
+    some()
+    rng_state.restore(state)
+    assert some() == expected
+
+
+def test_which_checkpoint(tmp_path):
+    def make(*names):
+        for name in names:
+            (tmp_path / name / "training_state").mkdir(parents=True)
+
+    make("v0-20250101-000000/checkpoint-9", "v1-20250102-000000/checkpoint-2", "v1-20250102-000000/checkpoint-10")
+    make("v10-20250103-000000", "v1-20250102-000000/checkpoint-10-merged")
+    arguments = SimpleNamespace(output_dir=str(tmp_path), add_version=True, finetune=None, resume_from_checkpoint="auto")
+    names = [path.relative_to(tmp_path).as_posix() for path in resume.candidates(arguments, "auto")]
+    assert names == ["v1-20250102-000000/checkpoint-10", "v1-20250102-000000/checkpoint-2", "v0-20250101-000000/checkpoint-9"]
+    assert resume.run_folder(arguments, "auto").endswith("v10-20250103-000000")
+    inside = str(tmp_path / "v1-20250102-000000/checkpoint-2")
+    assert resume.run_folder(arguments, inside).endswith("v1-20250102-000000")
+    assert [path.name for path in resume.candidates(arguments, str(tmp_path / "v1-20250102-000000/checkpoint-10"))] == [
+        "checkpoint-10",
+        "checkpoint-2",
+    ]
+    assert "v11-" in resume.run_folder(SimpleNamespace(**{**vars(arguments), "finetune": True}), inside)
+    assert "v11-" in resume.run_folder(arguments, None)
+    assert resume.wanted(arguments, {}) == "auto"
+    fresh = SimpleNamespace(**{**vars(arguments), "resume_from_checkpoint": None})
+    assert resume.wanted(fresh, {}) is None and resume.wanted(fresh, {"TORCHELASTIC_RESTART_COUNT": "2"}) == "auto"
+    with pytest.raises(FileNotFoundError, match="none"):
+        resume.candidates(arguments, str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="state.json is missing"):
+        resume.read_state(inside)
+    (tmp_path / "v1-20250102-000000/.checkpoint-2.saving").mkdir()
+    (tmp_path / "v1-20250102-000000/.checkpoint-7.old").mkdir()
+    resume.clean(tmp_path / "v1-20250102-000000")
+    left = sorted(path.name for path in (tmp_path / "v1-20250102-000000").iterdir())
+    assert left == ["checkpoint-10", "checkpoint-10-merged", "checkpoint-2", "checkpoint-7"]
+
+
+def test_profile_steps():
+    assert parse_steps("3-5") == (3, 5) and parse_steps("4") == (4, 4)
+    for bad in ("", "x", "5-3", "0-2"):
+        with pytest.raises(ValueError, match="--profile"):
+            parse_steps(bad)
+
+
+def test_missing_ranks(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+
+    def record(group, ranks, *operations):
+        listed = [dict(number=n, operation=name, shape="[4]", age=age, seconds=took) for n, name, age, took in operations]
+        return dict(group=group, ranks=ranks, operations=listed)
+
+    own = [record("tp", [0, 1, 2, 3], (7, "all_reduce", 30.0, 0.1), (8, "all_gather", 29.0, None)), record("pp", [0, 4])]
+    own = [entry for entry in own if entry["operations"]]
+    others = {
+        1: [record("tp", [0, 1, 2, 3], (8, "all_gather", 29.0, None))],
+        2: [record("tp", [0, 1, 2, 3], (7, "all_reduce", 30.0, 0.1)), record("pp", [2, 6], (3, "recv", 28.0, None))],
+    }
+    text = "\n".join(missing_ranks(own, others))
+    assert "waited 29 s in all_gather [4] (number 8) of group tp of ranks 0, 1, 2, 3" in text
+    assert "rank 1" not in text
+    assert "rank 2 never came: its last was all_reduce (number 7), 30 s ago; it waits in recv (number 3) of group pp" in text
+    assert "rank 3 does not answer" in text
