@@ -15,5 +15,6 @@ void init_parallel(py::module_& module);
 void init_model(py::module_& module);
 void init_bridge(py::module_& module);
 void init_train(py::module_& module);
+void init_schedule(py::module_& module);
 
 }  // namespace mcore_bridge

@@ -35,4 +35,5 @@ PYBIND11_MODULE(_core, module) {
   init_model(module);
   init_bridge(module);
   init_train(module);
+  init_schedule(module);
 }
