@@ -30,6 +30,14 @@ struct Pattern {
   IntList expand(int64_t num_layers, int64_t nth, const char* field) const;
 };
 
+/// pipeline_model_parallel_layout: what each stage holds, a string of E (embedding), t (decoder layer), m (MTP layer)
+/// and L (loss) per stage, in the order a token visits them. Empty: not given.
+struct StageLayout {
+  std::vector<std::string> stages;
+  bool empty() const { return stages.empty(); }
+  std::string text() const;  ///< joined by |
+};
+
 struct ModelConfig {
 #define MCB_FIELD(type, name, default_value, doc) type name = default_value;
 #include "mcore_bridge/model_config.def"

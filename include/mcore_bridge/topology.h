@@ -34,6 +34,7 @@ enum class GroupKind {
   kData,
   kDataContext,
   kPipeline,
+  kPipelineBack /* the same ranks: what goes from a later to an earlier place */,
   kModel /* tensor x pipeline */,
   kTensorContext,
   kEmbedding /* first and last stage */,

@@ -89,13 +89,14 @@ def initialize_model_parallel(
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         for name in _core.group_names():
             for ranks in topology.groups(name):
-                key = tuple(ranks)
-                if len(key) == 1:
+                # Groups of the same ranks are one, but for the pipeline's two directions, which must not wait for each other.
+                key = (*ranks, "back") if name == "pp-back" else tuple(ranks)
+                if len(ranks) == 1:
                     continue
                 if key not in made:  # every rank makes every group, in the same order
-                    made[key] = dist.new_group(list(key), timeout=timeout, backend=backend)
-                if rank in key:
-                    mine[name] = (made[key], list(key))
+                    made[key] = dist.new_group(ranks, timeout=timeout, backend=backend)
+                if rank in ranks:
+                    mine[name] = (made[key], ranks)
     _STATE = ParallelState(
         engine=_core.ParallelState.create(topology, rank, mine),
         rank=rank,

@@ -16,5 +16,6 @@ void init_model(py::module_& module);
 void init_bridge(py::module_& module);
 void init_train(py::module_& module);
 void init_training_checkpoint(py::module_& module);
+void init_schedule(py::module_& module);
 
 }  // namespace mcore_bridge

@@ -36,4 +36,5 @@ PYBIND11_MODULE(_core, module) {
   init_bridge(module);
   init_train(module);
   init_training_checkpoint(module);
+  init_schedule(module);
 }

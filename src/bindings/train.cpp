@@ -3,7 +3,6 @@
 #include "core/phase_timer.h"
 #include "mcore_bridge/error.h"
 #include "mcore_bridge/materialised.h"
-#include "mcore_bridge/schedule.h"
 #include "mcore_bridge/trainer.h"
 #include "models/gpt_model.h"
 
@@ -143,13 +142,6 @@ void init_train(py::module_& module) {
   module.def("learning_rate", [](const py::dict& options, int64_t iteration) {
     return learning_rate(optimizer_options(options), iteration);
   });
-  module.def(
-      "simulate_schedule",
-      [](int stages, int batches, double backward_cost) {
-        const auto result = simulate(one_forward_one_backward(stages, batches), batches, backward_cost);
-        return std::pair{result.bubble_fraction, result.peak_activations};
-      },
-      py::arg("stages"), py::arg("micro_batches"), py::arg("backward_cost") = 2.0);
 }
 
 }  // namespace mcore_bridge

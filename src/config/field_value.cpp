@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "config/pattern.h"
+#include "config/pipeline_layout.h"
 #include "mcore_bridge/error.h"
 
 namespace mcore_bridge {
@@ -91,6 +92,8 @@ void read_field(const char* name, const Json& value, Pattern& field) {
   }
 }
 
+void read_field(const char*, const Json& value, StageLayout& field) { field.stages = parse_pipeline_layout(value); }
+
 void read_field(const char* name, const Json& value, Json& field) {
   field = value;
   if (value.is_string()) {
@@ -132,6 +135,8 @@ Json write_field(const OptDouble& field) { return optional_json(field); }
 Json write_field(const OptString& field) { return optional_json(field); }
 Json write_field(const IntList& field) { return field; }
 Json write_field(const Json& field) { return field; }
+
+Json write_field(const StageLayout& field) { return field.empty() ? Json(nullptr) : Json(field.text()); }
 
 Json write_field(const Pattern& field) {
   if (field.every) return *field.every;

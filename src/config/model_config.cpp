@@ -1,6 +1,7 @@
 #include "mcore_bridge/model_config.h"
 
 #include "config/field_value.h"
+#include "config/pipeline_layout.h"
 #include "config/unsupported.h"
 #include "mcore_bridge/error.h"
 
@@ -73,31 +74,7 @@ ParallelSizes ModelConfig::parallel_sizes() const {
 }
 
 LayerRange ModelConfig::layers_of(int pp_rank, int vp_stage) const {
-  const int64_t stages = pipeline_model_parallel_size, chunks = virtual_stages();
-  const auto first = num_layers_in_first_pipeline_stage, last = num_layers_in_last_pipeline_stage;
-  if (first || last) {
-    // Layers of the stages in between are spread evenly; finalize() has checked that they divide.
-    const int64_t fixed = (first ? 1 : 0) + (last ? 1 : 0), middle = num_layers - first.value_or(0) - last.value_or(0);
-    const int64_t each = stages > fixed ? middle / (stages - fixed) : 0;
-    auto size = [&](int64_t stage) {
-      if (first && stage == 0) return *first;
-      if (last && stage == stages - 1) return *last;
-      return each;
-    };
-    LayerRange range;
-    for (int64_t stage = 0; stage < pp_rank; ++stage) range.first += size(stage);
-    range.count = size(pp_rank);
-    return range;
-  }
-  // The embedding and the loss count as layers of the first and the last chunk.
-  const int64_t before = account_for_embedding_in_pipeline_split ? 1 : 0,
-                after = account_for_loss_in_pipeline_split ? 1 : 0;
-  const int64_t per_chunk = (num_layers + before + after) / (stages * chunks);
-  const int64_t index = static_cast<int64_t>(vp_stage) * stages + pp_rank;
-  LayerRange range{index * per_chunk - (index > 0 ? before : 0), per_chunk};
-  if (index == 0) range.count -= before;
-  if (index == stages * chunks - 1) range.count -= after;
-  return range;
+  return pipeline_layout(*this).at(vp_stage * pipeline_model_parallel_size + pp_rank).layers;
 }
 
 }  // namespace mcore_bridge

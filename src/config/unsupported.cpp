@@ -104,7 +104,6 @@ const std::vector<Known>& table() {
       off("num_labels"),
       off("mlp_padding_free", {false}),
       off("cp_comm_type", {"p2p"}),
-      off("pipeline_model_parallel_layout"),
   };
   return rows;
 }

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "config/json_value.h"
+#include "config/pipeline_layout.h"
 #include "config/rope_scaling.h"
 #include "mcore_bridge/error.h"
 #include "mcore_bridge/model_config.h"
@@ -26,8 +27,6 @@ void check_supported(const ModelConfig& c) {
   only("task_type", c.task_type, {"causal_lm"});
   MCB_CHECK(c.swiglu, "ModelConfig.swiglu: an MLP without gate is not supported by this version");
   MCB_CHECK(c.context_parallel_size == 1, "ModelConfig.context_parallel_size: ", c.context_parallel_size,
-            " is not supported by this version (only 1)");
-  MCB_CHECK(c.virtual_stages() == 1, "ModelConfig.virtual_pipeline_model_parallel_size: ", c.virtual_stages(),
             " is not supported by this version (only 1)");
   MCB_CHECK(c.expert_model_parallel_size == 1, "ModelConfig.expert_model_parallel_size: ", c.expert_model_parallel_size,
             " needs a mixture-of-experts model, which this version does not have");
@@ -130,43 +129,6 @@ void check_tensor_parallel(const ModelConfig& c) {
             ": one must divide the other", advice());
 }
 
-void check_pipeline(const ModelConfig& c) {
-  const auto stages = c.pipeline_model_parallel_size, chunks = c.virtual_stages();
-  const auto first = c.num_layers_in_first_pipeline_stage, last = c.num_layers_in_last_pipeline_stage;
-  const bool accounts = c.account_for_embedding_in_pipeline_split || c.account_for_loss_in_pipeline_split;
-  MCB_CHECK(chunks == 1 || stages > 1, "virtual_pipeline_model_parallel_size ", chunks,
-            " needs pipeline_model_parallel_size above 1");
-  if (first || last) {
-    MCB_CHECK(
-        !accounts,
-        "num_layers_in_first/last_pipeline_stage and account_for_embedding/loss_in_pipeline_split exclude each other");
-    MCB_CHECK(stages > 1, "num_layers_in_first/last_pipeline_stage needs pipeline_model_parallel_size above 1");
-    MCB_CHECK(chunks == 1,
-              "num_layers_in_first/last_pipeline_stage with virtual stages is not supported by this version");
-    const auto fixed = (first ? 1 : 0) + (last ? 1 : 0);
-    const auto middle = c.num_layers - first.value_or(0) - last.value_or(0);
-    MCB_CHECK(first.value_or(1) > 0 && last.value_or(1) > 0 && middle >= 0,
-              "num_layers_in_first/last_pipeline_stage: ", first.value_or(0), " and ", last.value_or(0),
-              " do not fit into num_layers ", c.num_layers);
-    const auto others = stages - fixed;
-    MCB_CHECK(others > 0 ? (middle > 0 && middle % others == 0) : middle == 0,
-              "num_layers_in_first/last_pipeline_stage: the ", middle,
-              " layers left do not spread evenly over the other ", others, " pipeline stages");
-    return;
-  }
-  const auto counted = c.num_layers + (c.account_for_embedding_in_pipeline_split ? 1 : 0) +
-                       (c.account_for_loss_in_pipeline_split ? 1 : 0);
-  // With embedding or loss counted, a chunk of one "layer" would hold no decoder layer.
-  const auto works = [&](int64_t n) {
-    return counted % (n * chunks) == 0 && (!accounts || n * chunks == 1 || counted / (n * chunks) > 1);
-  };
-  MCB_CHECK(works(stages), "pipeline_model_parallel_size ", stages,
-            (chunks > 1 ? " x virtual stages " + std::to_string(chunks) : ""), " does not split num_layers ",
-            c.num_layers, accounts ? " (with embedding/loss counted as layers)" : "", " evenly; use one of ",
-            numbers_that_work(counted, works),
-            ", or set num_layers_in_first_pipeline_stage / num_layers_in_last_pipeline_stage");
-}
-
 }  // namespace
 
 void ModelConfig::finalize() {
@@ -184,6 +146,7 @@ void ModelConfig::finalize() {
     if (!num_query_groups) num_query_groups = num_attention_heads;
     if (!kv_channels) kv_channels = hidden_size / num_attention_heads;
   }
+  derive_virtual_stages(*this);
   check_supported(*this);
   check_ranges(*this);
   check_recompute(*this);

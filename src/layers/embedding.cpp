@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include "layers/weight_gradients.h"
 #include "mcore_bridge/error.h"
 #include "parallel/collectives.h"
 
@@ -54,7 +55,7 @@ std::vector<NamedParameter> OutputLayer::own_parameters() const {
 at::Tensor OutputLayer::forward(const at::Tensor& x_sbh, const at::Tensor& tied) const {
   const auto& tp = parallel_->tp;
   const auto x = options_.sequence_parallel ? gather_sequence(x_sbh, tp) : copy_to_region(x_sbh, tp);
-  return at::linear(x, weight_.defined() ? weight_ : tied);
+  return linear_map(x, weight_.defined() ? weight_ : tied);
 }
 
 }  // namespace mcore_bridge

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "layers/norm.h"
+#include "layers/weight_gradients.h"
 #include "mcore_bridge/error.h"
 #include "parallel/collectives.h"
 
@@ -113,7 +114,7 @@ at::Tensor ParallelLinear::forward(const at::Tensor& x_sbh) {
   const bool column = options_.shard == Shard::kColumn;
   if (column) x = options_.sequence_parallel ? gather_sequence(x, tp) : copy_to_region(x, tp);
 
-  auto y = column && bias_.defined() ? at::linear(x, weight_, bias_) : at::linear(x, weight_);
+  auto y = linear_map(x, weight_, column ? bias_ : at::Tensor());
   // Both the base product and the adapter's are linear in x, so one reduction behind serves their sum.
   for (const auto& [name, adapter] : adapters_) y = y + adapter_output(adapter, x);
   if (column) return y;
@@ -123,12 +124,12 @@ at::Tensor ParallelLinear::forward(const at::Tensor& x_sbh) {
 
 at::Tensor ParallelLinear::adapter_output(const LoraAdapter& adapter, const at::Tensor& x) const {
   const auto input = adapter.dropout > 0 && training() ? at::dropout(x, adapter.dropout, true) : x;
-  const auto low = at::linear(input, adapter.a) * adapter.scaling;  // [s, b, adapted parts * r]
+  const auto low = linear_map(input, adapter.a) * adapter.scaling;  // [s, b, adapted parts * r]
   auto rows = split_parts(adapter.b, adapter.parts);
   std::vector<at::Tensor> outputs(rows.size());
   int64_t block = 0;
   for (size_t part = 0; part < rows.size(); ++part) {
-    if (adapter.parts[part]) outputs[part] = at::linear(low.narrow(-1, adapter.r * block++, adapter.r), rows[part]);
+    if (adapter.parts[part]) outputs[part] = linear_map(low.narrow(-1, adapter.r * block++, adapter.r), rows[part]);
   }
   return join_parts(std::move(outputs), low);
 }

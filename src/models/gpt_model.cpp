@@ -20,6 +20,9 @@ void check_layout(const ModelConfig& config, const ParallelState& parallel) {
   };
   same("tensor_model_parallel_size", config.tensor_model_parallel_size, sizes.tensor);
   same("pipeline_model_parallel_size", config.pipeline_model_parallel_size, sizes.pipeline);
+  // Chunks need no groups, so initialize_model_parallel need not know of them.
+  if (sizes.virtual_pipeline > 1)
+    same("virtual_pipeline_model_parallel_size", config.virtual_stages(), sizes.virtual_pipeline);
   same("context_parallel_size", config.context_parallel_size, sizes.context);
 }
 

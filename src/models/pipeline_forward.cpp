@@ -20,18 +20,18 @@ at::Tensor forward_all_stages(const std::vector<std::shared_ptr<GPTModel>>& chun
 
   auto staged = input;
   at::Tensor output;
-  std::shared_ptr<Group::Pending> pending;
+  std::vector<std::shared_ptr<Group::Transfer>> sends;
+  const int previous = (stage + stages - 1) % stages, next = (stage + 1) % stages;
   for (size_t chunk = 0; chunk < chunks.size(); ++chunk) {
-    const bool first = stage == 0 && chunk == 0, last = stage == stages - 1 && chunk + 1 == chunks.size();
-    if (!first && stages > 1) {
+    auto& model = *chunks[chunk];
+    if (!model.place().pre_process) {
       staged.hidden = at::empty({local_length, batch, config.hidden_size}, fp);
-      parallel.pp.exchange({{staged.hidden, (stage + stages - 1) % stages, false}});
-    } else if (!first) {
-      staged.hidden = output;
+      parallel.way(previous, stage).receive(staged.hidden, previous)->wait();
     }
-    output = chunks[chunk]->forward(staged, /*gather_output=*/true);
-    if (!last && stages > 1) pending = parallel.pp.exchange({{output.contiguous(), (stage + 1) % stages, true}});
+    output = model.forward(staged, /*gather_output=*/true);
+    if (!model.place().post_process) sends.push_back(parallel.way(stage, next).send(output.contiguous(), next));
   }
+  for (const auto& send : sends) send->wait();
   if (stages == 1) return output;
   if (stage != stages - 1) {
     output = input.labels.defined() ? at::empty({batch, length}, fp.dtype(at::kFloat))

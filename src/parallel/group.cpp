@@ -3,7 +3,9 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <mutex>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <utility>
 
 #include "mcore_bridge/error.h"
 #include "parallel/flight_recorder.h"
@@ -31,6 +33,26 @@ struct Group::Backend {
   }
 };
 
+Group::Transfer::Transfer(c10::intrusive_ptr<c10d::Work> work, at::Tensor tensor)
+    : work_(std::move(work)), tensor_(std::move(tensor)) {}
+
+Group::Transfer::~Transfer() {
+  if (!work_) return;
+  // Nobody waited: an error is on its way up, and waiting for a peer that may be gone would keep it from getting there.
+  // The back end may still touch the tensor, so it lives as long as the process.
+  static std::mutex mutex;
+  static auto& abandoned = *new std::vector<std::pair<c10::intrusive_ptr<c10d::Work>, at::Tensor>>;
+  const std::lock_guard lock(mutex);
+  abandoned.emplace_back(std::move(work_), std::move(tensor_));
+}
+
+void Group::Transfer::wait() {
+  if (!work_) return;
+  work_->wait();
+  work_.reset();
+  tensor_.reset();
+}
+
 Group::Group(c10::intrusive_ptr<c10d::ProcessGroup> backend, std::vector<int> ranks, int rank,
              std::optional<GroupKind> kind)
     : backend_(std::make_shared<Backend>(Backend{std::move(backend), FlightRecorder::create(kind, ranks)})),
@@ -55,7 +77,9 @@ void reduce(c10d::ProcessGroup& group, at::Tensor& tensor, c10d::ReduceOp::RedOp
 }  // namespace
 
 void Group::count(Operation operation, int64_t bytes, bool root) const {
-  count_communication(kind_, operation, bytes, size(), root);
+  // The pipeline's two directions are one dimension.
+  const auto kind = kind_ == GroupKind::kPipelineBack ? GroupKind::kPipeline : kind_;
+  count_communication(kind, operation, bytes, size(), root);
 }
 
 void Group::all_reduce(at::Tensor& tensor) const {
@@ -219,6 +243,22 @@ std::shared_ptr<Group::Pending> Group::exchange(std::vector<Message> messages) c
     pending->wait();
   });
   return pending;
+}
+
+std::shared_ptr<Group::Transfer> Group::send(at::Tensor tensor, int peer, uint32_t tag) const {
+  TORCH_INTERNAL_ASSERT(size() > 1 && tensor.is_contiguous());
+  count(Operation::kSend, tensor.nbytes());
+  std::vector<at::Tensor> tensors{tensor};
+  auto work = backend_->process_group->send(tensors, peer, static_cast<int>(tag));
+  return std::make_shared<Transfer>(std::move(work), std::move(tensor));
+}
+
+std::shared_ptr<Group::Transfer> Group::receive(at::Tensor tensor, int peer, uint32_t tag) const {
+  TORCH_INTERNAL_ASSERT(size() > 1 && tensor.is_contiguous());
+  count(Operation::kReceive, tensor.nbytes());
+  std::vector<at::Tensor> tensors{tensor};
+  auto work = backend_->process_group->recv(tensors, peer, static_cast<int>(tag));
+  return std::make_shared<Transfer>(std::move(work), std::move(tensor));
 }
 
 }  // namespace mcore_bridge

@@ -12,7 +12,8 @@
 
 namespace c10d {
 class ProcessGroup;
-}
+class Work;
+}  // namespace c10d
 
 namespace mcore_bridge {
 
@@ -64,6 +65,14 @@ class Group {
   /// Starts all, waits for the receives; sends may still be under way.
   std::shared_ptr<Pending> exchange(std::vector<Message> messages) const;
 
+  /// Point to point: both return at once; `wait` of the result when the tensor is needed (received) or reused (sent).
+  /// `tensor` contiguous; `peer` a place in the group. Messages of a pair match by `tag` where the back end knows tags
+  /// (Gloo), else by order (NCCL), so keep both alike. With NCCL a group carries a pair's messages one after the other:
+  /// use one group per direction.
+  class Transfer;
+  std::shared_ptr<Transfer> send(at::Tensor tensor, int peer, uint32_t tag = 0) const;
+  std::shared_ptr<Transfer> receive(at::Tensor tensor, int peer, uint32_t tag = 0) const;
+
  private:
   struct Backend;  // keeps c10d's headers out of here
   void count(Operation operation, int64_t bytes, bool root = false) const;
@@ -71,6 +80,22 @@ class Group {
   std::vector<int> ranks_{0};
   int rank_ = 0;
   std::optional<GroupKind> kind_;
+};
+
+/// A message under way; keeps its tensor alive.
+class Group::Transfer {
+ public:
+  Transfer(c10::intrusive_ptr<c10d::Work> work, at::Tensor tensor);
+  ~Transfer();
+  Transfer(const Transfer&) = delete;
+  Transfer& operator=(const Transfer&) = delete;
+  /// CPU back ends: blocks the host. CUDA: orders the message before what follows on the current stream. Throws when
+  /// the peer is gone or the time is up.
+  void wait();
+
+ private:
+  c10::intrusive_ptr<c10d::Work> work_;
+  at::Tensor tensor_;
 };
 
 }  // namespace mcore_bridge

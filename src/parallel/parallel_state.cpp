@@ -32,6 +32,7 @@ ParallelStatePtr ParallelState::create(const Topology& topology, int rank, const
   state->dp = take(GroupKind::kData);
   state->dp_cp = take(GroupKind::kDataContext);
   state->pp = take(GroupKind::kPipeline);
+  state->pp_back = take(GroupKind::kPipelineBack);
   state->model = take(GroupKind::kModel);
   state->tp_cp = take(GroupKind::kTensorContext);
   state->embedding = take(GroupKind::kEmbedding);

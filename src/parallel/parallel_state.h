@@ -13,7 +13,7 @@ struct ParallelState {
   Topology topology;
   int rank = 0;
   RankCoordinates place;
-  Group tp, cp, dp, dp_cp, pp, model, tp_cp, embedding, ep, etp, edp, world;
+  Group tp, cp, dp, dp_cp, pp, pp_back, model, tp_cp, embedding, ep, etp, edp, world;
 
   /// One rank, no groups.
   static std::shared_ptr<const ParallelState> single();
@@ -21,6 +21,8 @@ struct ParallelState {
   static std::shared_ptr<const ParallelState> create(const Topology& topology, int rank,
                                                      const std::map<GroupKind, Group>& groups);
 
+  /// The group for messages from pipeline rank `from` to `to`: one per direction, so that neither waits for the other.
+  const Group& way(int from, int to) const { return from < to ? pp : pp_back; }
   bool is_first_stage() const { return place.pp == 0; }
   bool is_last_stage() const { return place.pp == topology.sizes().pipeline - 1; }
 };

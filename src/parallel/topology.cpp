@@ -12,10 +12,11 @@ struct Name {
   const char* name;
 };
 constexpr Name kNames[] = {
-    {GroupKind::kTensor, "tp"},           {GroupKind::kContext, "cp"},     {GroupKind::kData, "dp"},
-    {GroupKind::kDataContext, "dp-cp"},   {GroupKind::kPipeline, "pp"},    {GroupKind::kModel, "tp-pp"},
-    {GroupKind::kTensorContext, "tp-cp"}, {GroupKind::kEmbedding, "embd"}, {GroupKind::kExpert, "ep"},
-    {GroupKind::kExpertTensor, "etp"},    {GroupKind::kExpertData, "edp"}, {GroupKind::kWorld, "world"},
+    {GroupKind::kTensor, "tp"},         {GroupKind::kContext, "cp"},          {GroupKind::kData, "dp"},
+    {GroupKind::kDataContext, "dp-cp"}, {GroupKind::kPipeline, "pp"},         {GroupKind::kPipelineBack, "pp-back"},
+    {GroupKind::kModel, "tp-pp"},       {GroupKind::kTensorContext, "tp-cp"}, {GroupKind::kEmbedding, "embd"},
+    {GroupKind::kExpert, "ep"},         {GroupKind::kExpertTensor, "etp"},    {GroupKind::kExpertData, "edp"},
+    {GroupKind::kWorld, "world"},
 };
 
 std::string divisors(int number) {
@@ -104,6 +105,7 @@ std::vector<int> group_key(GroupKind kind, const RankCoordinates& at, int last_s
     case GroupKind::kDataContext:
       return {at.tp, at.pp};
     case GroupKind::kPipeline:
+    case GroupKind::kPipelineBack:
       return {at.tp, at.cp, at.dp};
     case GroupKind::kModel:
       return {at.cp, at.dp};

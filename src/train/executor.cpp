@@ -2,12 +2,180 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
-#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <algorithm>
+#include <optional>
 
 #include "core/phase_timer.h"
 #include "mcore_bridge/error.h"
 
 namespace mcore_bridge {
+namespace {
+
+using Kind = Action::Kind;
+
+ScheduleOptions schedule_options(const ModelConfig& config, int stages, size_t micro_batches) {
+  return {.name = config.pipeline_schedule,
+          .stages = stages,
+          .chunks = static_cast<int>(config.virtual_stages()),
+          .micro_batches = static_cast<int>(micro_batches),
+          .group_size = static_cast<int>(config.microbatch_group_size_per_vp_stage.value_or(0))};
+}
+
+template <class Map>
+auto take(Map& map, const typename Map::key_type& key) {
+  auto node = map.extract(key);
+  TORCH_INTERNAL_ASSERT(!node.empty(), "the schedule uses what is not there");
+  return std::move(node.mapped());
+}
+
+}  // namespace
+
+at::Tensor Executor::train(const std::vector<ForwardInput>& batches, const std::vector<double>& weights) {
+  auto& schedule = schedules_[{true, static_cast<int>(batches.size())}];
+  if (schedule.empty()) schedule = make_schedule(schedule_options(chunks_.at(0)->config(), stages(), batches.size()));
+  const auto& row = schedule.at(stage());
+  const bool split = std::any_of(row.begin(), row.end(), [](const auto& a) { return a.kind == Kind::kBackwardInput; });
+  std::optional<SplitBackward> scope;
+  if (split) scope.emplace();
+  return run(schedule, batches, weights);
+}
+
+at::Tensor Executor::evaluate(const std::vector<ForwardInput>& batches, const std::vector<double>& weights) {
+  at::NoGradGuard no_grad;
+  auto& schedule = schedules_[{false, static_cast<int>(batches.size())}];
+  const auto options = schedule_options(chunks_.at(0)->config(), stages(), batches.size());
+  if (schedule.empty())
+    schedule = forward_only(options.stages, options.chunks, options.micro_batches, options.group_size);
+  return run(schedule, batches, weights);
+}
+
+at::Tensor Executor::run(const std::vector<StageSchedule>& schedule, const std::vector<ForwardInput>& batches,
+                         const std::vector<double>& weights) {
+  clear();  // of a run that threw
+  batches_ = &batches;
+  weights_ = &weights;
+  loss_ = at::zeros({}, at::TensorOptions(chunks_[0]->device()).dtype(at::kDouble));
+  connect();
+  for (const auto& action : schedule.at(stage())) {
+    switch (action.kind) {
+      case Kind::kForward:
+        forward(action);
+        break;
+      case Kind::kBackward:
+      case Kind::kBackwardInput:
+        backward(action);
+        break;
+      case Kind::kBackwardWeight:
+        backward_weight(action);
+        break;
+      case Kind::kStart:
+        start(action.messages);
+        break;
+      case Kind::kWait:
+        wait(action.messages);
+        break;
+    }
+  }
+  return std::exchange(loss_, {});
+}
+
+void Executor::forward(const Action& action) {
+  const TimedPhase timed(Phase::kForward, chunks_[0]->device());
+  auto& model = *chunks_.at(action.chunk);
+  auto input = batches_->at(action.micro_batch);
+  Live live;
+  if (!model.place().pre_process) {
+    live.input = take(inbox_, {false, global(action.chunk) - 1, action.micro_batch});
+    if (at::GradMode::is_enabled()) live.input.requires_grad_(true);
+    input.hidden = live.input;
+  }
+  if (!model.place().post_process) input.labels = at::Tensor();
+  const auto output = model.forward(input);
+  if (model.place().post_process) {
+    at::NoGradGuard no_grad;
+    loss_ += output.detach().to(at::kDouble).sum() * weights_->at(action.micro_batch);
+    live.losses = output.detach();
+  } else {
+    outbox_[{false, global(action.chunk), action.micro_batch}] = output.detach().contiguous();
+  }
+  if (!at::GradMode::is_enabled()) return;
+  if (output.requires_grad()) live.output = torch::autograd::impl::gradient_edge(output);
+  live_[{action.chunk, action.micro_batch}] = std::move(live);
+}
+
+void Executor::backward(const Action& action) {
+  const TimedPhase timed(Phase::kBackward, chunks_[0]->device());
+  const Place place{action.chunk, action.micro_batch};
+  const bool first = chunks_.at(action.chunk)->place().pre_process;
+  auto live = take(live_, place);
+  const auto gradient = live.losses.defined() ? at::full_like(live.losses, weights_->at(action.micro_batch))
+                                              : take(inbox_, {true, global(action.chunk), action.micro_batch});
+  live.losses.reset();
+  std::optional<DeferWeightGradients> scope;
+  if (action.kind == Kind::kBackwardInput) scope.emplace(deferred_[place]);
+  // A first chunk whose parameters are all frozen has nothing to do.
+  if (live.output.is_valid()) {
+    torch::autograd::Engine::get_default_engine().execute({std::move(live.output)}, {gradient}, /*keep_graph=*/false,
+                                                          /*create_graph=*/false, /*accumulate_grad=*/true);
+  }
+  if (!first) outbox_[{true, global(action.chunk) - 1, action.micro_batch}] = live.input.grad().contiguous();
+}
+
+void Executor::backward_weight(const Action& action) {
+  const TimedPhase timed(Phase::kBackward, chunks_[0]->device());
+  const auto found = deferred_.find({action.chunk, action.micro_batch});
+  TORCH_INTERNAL_ASSERT(found != deferred_.end(), "the schedule uses what is not there");
+  found->second.run();
+  deferred_.erase(found);
+}
+
+void Executor::start(const std::vector<Action::Message>& messages) {
+  const auto& parallel = chunks_[0]->parallel();
+  const int chunks = stages() * static_cast<int>(chunks_.size());
+  for (const auto& [send, gradient, chunk, micro_batch, peer] : messages) {
+    const auto tag = static_cast<uint32_t>(2 * (micro_batch * chunks + chunk) + (gradient ? 1 : 0));
+    const Key key{gradient, chunk, micro_batch};
+    auto& transfer = under_way_[{send, gradient, chunk, micro_batch}];
+    if (send) {
+      transfer = parallel.way(stage(), peer).send(take(outbox_, key), peer, tag);
+    } else {
+      const auto tensor = empty_hidden(batches_->at(micro_batch));
+      inbox_[key] = tensor;
+      transfer = parallel.way(peer, stage()).receive(tensor, peer, tag);
+    }
+  }
+}
+
+void Executor::wait(const std::vector<Action::Message>& messages) {
+  const TimedPhase timed(Phase::kCommunication, chunks_[0]->device());
+  for (const auto& [send, gradient, chunk, micro_batch, peer] : messages)
+    take(under_way_, {send, gradient, chunk, micro_batch})->wait();
+}
+
+void Executor::clear() {
+  live_.clear();
+  deferred_.clear();
+  inbox_.clear();
+  outbox_.clear();
+  under_way_.clear();
+}
+
+void Executor::connect() {
+  if (std::exchange(connected_, true) || stages() == 1 || !chunks_[0]->device().is_cuda()) return;
+  const auto& parallel = chunks_[0]->parallel();
+  auto tensor = at::zeros({1}, at::TensorOptions(chunks_[0]->device()).dtype(at::kFloat));
+  for (int one = 0; one < stages(); ++one) {
+    const int other = (one + 1) % stages();
+    if (other == 0 && chunks_.size() == 1) break;
+    for (const auto& [from, to] : {std::pair{one, other}, std::pair{other, one}}) {
+      if (stage() == from) parallel.way(from, to).send(tensor, to)->wait();
+      if (stage() == to) parallel.way(from, to).receive(tensor, from)->wait();
+    }
+  }
+}
 
 at::Tensor Executor::empty_hidden(const ForwardInput& batch) const {
   const auto& model = *chunks_[0];
@@ -15,121 +183,6 @@ at::Tensor Executor::empty_hidden(const ForwardInput& batch) const {
   const auto length = batch.input_ids.size(1) / (config.sequence_parallel ? model.parallel().tp.size() : 1);
   return at::empty({length, batch.input_ids.size(0), config.hidden_size},
                    at::TensorOptions(model.device()).dtype(config.params_dtype));
-}
-
-at::Tensor Executor::train(const std::vector<StageSchedule>& schedule, const std::vector<ForwardInput>& batches,
-                           const std::vector<double>& weights) {
-  batches_ = &batches;
-  weights_ = &weights;
-  loss_ = at::zeros({}, at::TensorOptions(chunks_[0]->device()).dtype(at::kDouble));
-  for (const auto& action : schedule.at(chunks_[0]->parallel().place.pp)) {
-    switch (action.kind) {
-      case Action::Kind::kForward:
-        forward(action.micro_batch);
-        break;
-      case Action::Kind::kBackward:
-        backward(action.micro_batch);
-        break;
-      case Action::Kind::kExchange:
-        exchange(action.messages);
-        break;
-    }
-  }
-  live_.clear();
-  sends_.clear();
-  gradients_in_.clear();
-  gradients_out_.clear();
-  return loss_;
-}
-
-void Executor::forward(int micro_batch) {
-  const TimedPhase timed(Phase::kForward, chunks_[0]->device());
-  auto& model = *chunks_[0];
-  auto input = (*batches_)[micro_batch];
-  auto& live = live_[micro_batch];
-  input.hidden = live.input;
-  if (!model.place().post_process) input.labels = at::Tensor();
-  live.output = model.forward(input);
-  if (model.place().post_process) {
-    at::NoGradGuard no_grad;
-    loss_ += live.output.detach().to(at::kDouble).sum() * (*weights_)[micro_batch];
-  }
-}
-
-void Executor::backward(int micro_batch) {
-  const TimedPhase timed(Phase::kBackward, chunks_[0]->device());
-  auto live = std::move(live_.at(micro_batch));
-  live_.erase(micro_batch);
-  at::Tensor gradient;
-  if (chunks_[0]->place().post_process) {
-    gradient = at::full_like(live.output, (*weights_)[micro_batch]);
-  } else {
-    gradient = std::move(gradients_in_.at(micro_batch));
-    gradients_in_.erase(micro_batch);
-  }
-  // A first stage whose parameters are all frozen has nothing to do.
-  if (live.output.requires_grad()) torch::autograd::backward({live.output}, {gradient});
-  if (live.input.defined()) gradients_out_[micro_batch] = live.input.grad();
-}
-
-void Executor::exchange(const std::vector<Action::Message>& messages) {
-  const TimedPhase timed(Phase::kCommunication, chunks_[0]->device());
-  std::vector<Group::Message> round;
-  int sent_batch = -1;
-  for (const auto& message : messages) {
-    const auto batch = message.micro_batch;
-    at::Tensor tensor;
-    if (message.send && message.gradient) {
-      tensor = gradients_out_.at(batch).contiguous();
-      gradients_out_.erase(batch);
-    } else if (message.send) {
-      tensor = live_.at(batch).output.detach().contiguous();
-      sent_batch = batch;
-    } else {
-      tensor = empty_hidden((*batches_)[batch]);
-      if (message.gradient) {
-        gradients_in_[batch] = tensor;
-      } else {
-        live_[batch].input = tensor;
-      }
-    }
-    round.push_back({tensor, message.peer, message.send});
-  }
-  auto pending = chunks_[0]->parallel().pp.exchange(std::move(round));
-  for (const auto& message : messages) {
-    if (!message.send && !message.gradient) live_.at(message.micro_batch).input.requires_grad_(true);
-  }
-  // An activation has arrived once its gradient comes back; gradients are given a few rounds.
-  if (sent_batch >= 0) {
-    live_.at(sent_batch).sent = std::move(pending);
-  } else if (pending) {
-    sends_.push_back(std::move(pending));
-    constexpr size_t kUnderWay = 4;
-    if (sends_.size() > kUnderWay) sends_.pop_front();
-  }
-}
-
-at::Tensor Executor::evaluate(const std::vector<ForwardInput>& batches, const std::vector<double>& weights) {
-  at::NoGradGuard no_grad;
-  auto& model = *chunks_[0];
-  const auto& pp = model.parallel().pp;
-  auto loss = at::zeros({}, at::TensorOptions(model.device()).dtype(at::kDouble));
-  std::deque<std::shared_ptr<Group::Pending>> sends;
-  for (size_t i = 0; i < batches.size(); ++i) {
-    auto input = batches[i];
-    if (!model.place().post_process) input.labels = at::Tensor();
-    if (!model.place().pre_process) {
-      input.hidden = empty_hidden(batches[i]);
-      pp.exchange({{input.hidden, pp.rank() - 1, false}});
-    }
-    const auto output = model.forward(input);
-    if (model.place().post_process) {
-      loss += output.to(at::kDouble).sum() * weights[i];
-    } else {
-      sends.push_back(pp.exchange({{output.contiguous(), pp.rank() + 1, true}}));
-    }
-  }
-  return loss;
 }
 
 }  // namespace mcore_bridge

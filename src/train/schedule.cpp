@@ -1,8 +1,10 @@
+// Each schedule is an order of computations per stage; the messages follow from it.
 #include "mcore_bridge/schedule.h"
 
 #include <algorithm>
 #include <map>
-#include <tuple>
+#include <optional>
+#include <utility>
 
 #include "mcore_bridge/error.h"
 
@@ -11,147 +13,245 @@ namespace {
 
 using Kind = Action::Kind;
 using Message = Action::Message;
+using Orders = std::vector<std::vector<Action>>;  // by stage, computations only
 
-/// Writes one stage's row; messages given one after the other with `exchange` start together.
-class Row {
+void check_sizes(int stages, int chunks, int micro_batches) {
+  MCB_CHECK(stages > 0 && chunks > 0 && micro_batches > 0, "schedule: ", stages, " stages, ", chunks, " chunks and ",
+            micro_batches, " micro-batches must all be at least 1");
+  MCB_CHECK(chunks == 1 || stages > 1, "schedule: ", chunks, " chunks per stage need more than one stage");
+}
+
+Action compute(Kind kind, int chunk, int micro_batch) {
+  return {.kind = kind, .chunk = chunk, .micro_batch = micro_batch, .messages = {}};
+}
+
+/// What one stage receives for a computation and sends after it.
+class Neighbours {
  public:
-  Row(int stage, int stages) : stage_(stage), last_(stages - 1) {}
+  Neighbours(int stage, int stages, int chunks) : stage_(stage), stages_(stages), last_(stages * chunks - 1) {}
 
-  void forward(int micro_batch) {
-    actions_.push_back({.kind = Kind::kForward, .chunk = 0, .micro_batch = micro_batch, .messages = {}});
+  std::optional<Message> receive(const Action& action) const {
+    const int global = action.chunk * stages_ + stage_;
+    if (action.kind == Kind::kForward && global > 0)
+      return Message{false, false, global - 1, action.micro_batch, previous()};
+    if (reverses(action) && global < last_) return Message{false, true, global, action.micro_batch, next()};
+    return std::nullopt;
   }
-  void backward(int micro_batch) {
-    actions_.push_back({.kind = Kind::kBackward, .chunk = 0, .micro_batch = micro_batch, .messages = {}});
+  std::optional<Message> send(const Action& action) const {
+    const int global = action.chunk * stages_ + stage_;
+    if (action.kind == Kind::kForward && global < last_)
+      return Message{true, false, global, action.micro_batch, next()};
+    if (reverses(action) && global > 0) return Message{true, true, global - 1, action.micro_batch, previous()};
+    return std::nullopt;
   }
-
-  // An activation is named by the chunk that produced it, its gradient likewise.
-  std::vector<Message> receive_forward(int batch) const {
-    return stage_ > 0 ? list({false, false, stage_ - 1, batch, stage_ - 1}) : none();
-  }
-  std::vector<Message> send_forward(int batch) const {
-    return stage_ < last_ ? list({true, false, stage_, batch, stage_ + 1}) : none();
-  }
-  std::vector<Message> receive_backward(int batch) const {
-    return stage_ < last_ ? list({false, true, stage_, batch, stage_ + 1}) : none();
-  }
-  std::vector<Message> send_backward(int batch) const {
-    return stage_ > 0 ? list({true, true, stage_ - 1, batch, stage_ - 1}) : none();
-  }
-
-  void exchange(std::vector<Message> first, const std::vector<Message>& second = {}) {
-    first.insert(first.end(), second.begin(), second.end());
-    if (!first.empty())
-      actions_.push_back({.kind = Kind::kExchange, .chunk = 0, .micro_batch = 0, .messages = std::move(first)});
-  }
-  StageSchedule take() { return std::move(actions_); }
 
  private:
-  static std::vector<Message> list(Message message) { return {message}; }
-  static std::vector<Message> none() { return {}; }
-  int stage_, last_;
-  StageSchedule actions_;
+  static bool reverses(const Action& action) {
+    return action.kind == Kind::kBackward || action.kind == Kind::kBackwardInput;
+  }
+  int previous() const { return (stage_ + stages_ - 1) % stages_; }
+  int next() const { return (stage_ + 1) % stages_; }
+  int stage_, stages_, last_;
 };
 
-}  // namespace
+/// Before which computation of its row a send is waited for, by stage and message; missing: after the last one.
+using Releases = std::map<std::pair<int, Message>, size_t>;
 
-std::vector<StageSchedule> one_forward_one_backward(int stages, int micro_batches) {
-  MCB_CHECK(stages > 0 && micro_batches > 0, "schedule: ", stages, " stages and ", micro_batches,
-            " micro-batches must both be at least 1");
+/// What each stage sends to each other one, in order, as the receiver sees it.
+std::map<std::pair<int, int>, std::vector<Message>> message_order(const Orders& orders, int chunks) {
+  const int stages = static_cast<int>(orders.size());
+  std::map<std::pair<int, int>, std::vector<Message>> channels;
+  for (int stage = 0; stage < stages; ++stage) {
+    const Neighbours neighbours(stage, stages, chunks);
+    for (const auto& action : orders[stage]) {
+      const auto sent = neighbours.send(action);
+      if (sent) channels[{stage, sent->peer}].push_back({false, sent->gradient, sent->chunk, sent->micro_batch, stage});
+    }
+  }
+  return channels;
+}
+
+std::vector<StageSchedule> place_messages(const Orders& orders, int chunks, const Releases& releases) {
+  const int stages = static_cast<int>(orders.size());
+  const auto channels = message_order(orders, chunks);
   std::vector<StageSchedule> result;
   for (int stage = 0; stage < stages; ++stage) {
-    Row row(stage, stages);
-    const int warm_up = std::min(micro_batches, stages - 1 - stage), steady = micro_batches - warm_up;
-    for (int batch = 0; batch < warm_up; ++batch) {
-      row.exchange(row.receive_forward(batch));
-      row.forward(batch);
-      row.exchange(row.send_forward(batch));
+    const Neighbours neighbours(stage, stages, chunks);
+    const auto& order = orders[stage];
+    std::map<int, size_t> started;                     // receives, by peer
+    std::map<size_t, std::vector<Message>> releasing;  // sends, by the computation before which they are waited for
+    StageSchedule row;
+    auto add = [&](Kind kind, std::vector<Message> messages) {
+      if (!messages.empty())
+        row.push_back({.kind = kind, .chunk = 0, .micro_batch = 0, .messages = std::move(messages)});
+    };
+    for (size_t i = 0; i <= order.size(); ++i) {
+      std::vector<Message> start;
+      if (const auto sent = i > 0 ? neighbours.send(order[i - 1]) : std::nullopt) {
+        start.push_back(*sent);
+        const auto release = releases.find({stage, *sent});
+        releasing[release == releases.end() ? order.size() : release->second].push_back(*sent);
+      }
+      for (size_t ahead = i; ahead < std::min(i + 2, order.size()); ++ahead) {
+        const auto wanted = neighbours.receive(order[ahead]);
+        if (!wanted) continue;
+        // All that come before it on the same way are started with it, whoever they are for.
+        const auto& channel = channels.at({wanted->peer, stage});
+        const auto place = static_cast<size_t>(
+            std::find(channel.begin() + started[wanted->peer], channel.end(), *wanted) - channel.begin());
+        if (place == channel.size()) continue;  // started already
+        for (auto& next = started[wanted->peer]; next <= place; ++next) start.push_back(channel[next]);
+      }
+      auto wait = std::move(releasing[i]);
+      if (i < order.size()) {
+        if (const auto wanted = neighbours.receive(order[i])) wait.push_back(*wanted);
+      }
+      add(Kind::kStart, std::move(start));
+      add(Kind::kWait, std::move(wait));
+      if (i < order.size()) row.push_back(order[i]);
     }
-    if (steady > 0) row.exchange(row.receive_forward(warm_up));
-    for (int i = 0; i < steady; ++i) {
-      row.forward(warm_up + i);
-      row.exchange(row.send_forward(warm_up + i), row.receive_backward(i));
-      row.backward(i);
-      row.exchange(row.send_backward(i),
-                   i + 1 < steady ? row.receive_forward(warm_up + i + 1) : std::vector<Message>{});
-    }
-    for (int batch = steady; batch < micro_batches; ++batch) {
-      row.exchange(row.receive_backward(batch));
-      row.backward(batch);
-      row.exchange(row.send_backward(batch));
-    }
-    result.push_back(row.take());
+    result.push_back(std::move(row));
   }
   return result;
 }
 
-Simulation simulate(const std::vector<StageSchedule>& schedule, int micro_batches, double backward_cost) {
-  const int stages = static_cast<int>(schedule.size());
-  using Key = std::tuple<bool, int, int>;         // gradient, chunk, micro-batch
-  std::map<std::pair<int, Key>, double> arrived;  // (receiver, what) -> time
-  std::vector<size_t> next(stages, 0);
-  std::vector<double> clock(stages, 0), busy(stages, 0);
-  std::vector<int> live(stages, 0);
-  std::vector<size_t> posted(stages, 0);  // exchanges whose sends have started
-  Simulation result{0, std::vector<int>(stages, 0)};
-  std::vector<std::vector<bool>> forwarded(stages, std::vector<bool>(micro_batches)), reversed = forwarded;
+/// Puts messages between the computations, as the contract of StageSchedule says. A send is waited for where it has
+/// moved already when every computation takes equally long, so that waiting costs nothing there; as those waits look
+/// back in time, they cannot deadlock.
+std::vector<StageSchedule> with_messages(const Orders& orders, int chunks) {
+  const auto played = simulate(place_messages(orders, chunks, {}));
+  std::vector<std::vector<double>> starts(orders.size());
+  for (const auto& span : played.spans) starts[span.stage].push_back(span.start);
+  Releases releases;
+  for (const auto& transfer : played.transfers) {
+    const auto& times = starts[transfer.from];
+    const Message message{true, transfer.gradient, transfer.chunk, transfer.micro_batch, transfer.to};
+    // Not before the computation that follows the one it was started after.
+    const auto sent = std::lower_bound(times.begin(), times.end(), transfer.sent);
+    const auto moved = std::lower_bound(sent, times.end(), transfer.moved);
+    const auto place = std::max(sent + (sent == times.end() ? 0 : 1), moved);
+    releases[{transfer.from, message}] = static_cast<size_t>(std::min(place, times.end()) - times.begin());
+  }
+  return place_messages(orders, chunks, releases);
+}
 
-  bool progress = true;
-  while (progress) {
-    progress = false;
-    for (int stage = 0; stage < stages; ++stage) {
-      while (next[stage] < schedule[stage].size()) {
-        const auto& action = schedule[stage][next[stage]];
-        if (action.kind == Kind::kExchange) {
-          if (posted[stage] <= next[stage]) {
-            for (const auto& message : action.messages) {
-              if (message.send)
-                arrived[{message.peer, {message.gradient, message.chunk, message.micro_batch}}] = clock[stage];
-            }
-            posted[stage] = next[stage] + 1;
-            progress = true;
-          }
-          bool all = true;
-          double time = clock[stage];
-          for (const auto& message : action.messages) {
-            if (message.send) continue;
-            const auto found = arrived.find({stage, {message.gradient, message.chunk, message.micro_batch}});
-            all = all && found != arrived.end();
-            if (found != arrived.end()) time = std::max(time, found->second);
-          }
-          if (!all) break;
-          clock[stage] = time;
-        } else {
-          const bool forward = action.kind == Kind::kForward;
-          auto& done = forward ? forwarded : reversed;
-          MCB_CHECK(action.micro_batch >= 0 && action.micro_batch < micro_batches && !done[stage][action.micro_batch],
-                    "schedule: stage ", stage, " repeats or invents micro-batch ", action.micro_batch);
-          MCB_CHECK(forward || forwarded[stage][action.micro_batch], "schedule: stage ", stage,
-                    " reverses micro-batch ", action.micro_batch, " before its forward");
-          done[stage][action.micro_batch] = true;
-          const double cost = forward ? 1.0 : backward_cost;
-          clock[stage] += cost;
-          busy[stage] += cost;
-          live[stage] += forward ? 1 : -1;
-          result.peak_activations[stage] = std::max(result.peak_activations[stage], live[stage]);
-        }
-        ++next[stage];
-        progress = true;
-      }
-    }
+/// How many micro-batches a chunk takes before the next chunk's turn, group by group.
+std::vector<int> micro_batch_groups(int stages, int micro_batches, int group_size) {
+  if (group_size == 0) group_size = stages;
+  MCB_CHECK(group_size >= stages, "schedule: groups of ", group_size, " micro-batches are smaller than the ", stages,
+            " stages");
+  if (micro_batches < group_size) return {micro_batches};
+  const int count = micro_batches / group_size, rest = micro_batches % group_size;
+  std::vector<int> groups(count, group_size);
+  if (rest >= stages) {
+    groups.push_back(rest);
+  } else {
+    for (int i = 0; i < rest; ++i) ++groups[i % count];
   }
-  double end = 0, work = 0;
-  for (int stage = 0; stage < stages; ++stage) {
-    MCB_CHECK(next[stage] == schedule[stage].size(), "schedule: deadlock, stage ", stage, " waits in action ",
-              next[stage]);
-    for (int batch = 0; batch < micro_batches; ++batch) {
-      MCB_CHECK(forwarded[stage][batch] && reversed[stage][batch], "schedule: stage ", stage,
-                " never finishes micro-batch ", batch);
+  return groups;
+}
+
+/// (chunk, micro-batch) in the order of forwards; with `reverse` of backwards.
+std::vector<std::pair<int, int>> virtual_order(const std::vector<int>& groups, int chunks, bool reverse) {
+  std::vector<std::pair<int, int>> result;
+  int first = 0;
+  for (const int size : groups) {
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      for (int i = 0; i < size; ++i) result.emplace_back(reverse ? chunks - 1 - chunk : chunk, first + i);
     }
-    end = std::max(end, clock[stage]);
-    work += busy[stage];
+    first += size;
   }
-  result.bubble_fraction = end > 0 ? 1 - work / (end * stages) : 0;
   return result;
+}
+
+}  // namespace
+
+std::vector<StageSchedule> one_forward_one_backward(int stages, int micro_batches) {
+  check_sizes(stages, 1, micro_batches);
+  Orders orders(stages);
+  for (int stage = 0; stage < stages; ++stage) {
+    auto& order = orders[stage];
+    const int warm_up = std::min(micro_batches, stages - 1 - stage);
+    for (int batch = 0; batch < warm_up; ++batch) order.push_back(compute(Kind::kForward, 0, batch));
+    for (int batch = 0; batch < micro_batches; ++batch) {
+      if (warm_up + batch < micro_batches) order.push_back(compute(Kind::kForward, 0, warm_up + batch));
+      order.push_back(compute(Kind::kBackward, 0, batch));
+    }
+  }
+  return with_messages(orders, 1);
+}
+
+std::vector<StageSchedule> interleaved(int stages, int chunks, int micro_batches, int group_size) {
+  check_sizes(stages, chunks, micro_batches);
+  const auto groups = micro_batch_groups(stages, micro_batches, group_size);
+  const auto forwards = virtual_order(groups, chunks, false), backwards = virtual_order(groups, chunks, true);
+  const int total = static_cast<int>(forwards.size()), largest = *std::max_element(groups.begin(), groups.end());
+  Orders orders(stages);
+  for (int stage = 0; stage < stages; ++stage) {
+    auto& order = orders[stage];
+    // The last chunk's first forward comes after the other chunks' groups; two more per stage on the way there and
+    // back.
+    const int warm_up = std::min(total, (chunks - 1) * largest + 2 * (stages - 1 - stage));
+    for (int i = 0; i < warm_up; ++i) order.push_back(compute(Kind::kForward, forwards[i].first, forwards[i].second));
+    for (int i = 0; i < total; ++i) {
+      if (warm_up + i < total) {
+        const auto [chunk, batch] = forwards[warm_up + i];
+        order.push_back(compute(Kind::kForward, chunk, batch));
+      }
+      order.push_back(compute(Kind::kBackward, backwards[i].first, backwards[i].second));
+    }
+  }
+  return with_messages(orders, chunks);
+}
+
+std::vector<StageSchedule> zero_bubble_h1(int stages, int micro_batches) {
+  check_sizes(stages, 1, micro_batches);
+  // All stages in step, every computation taking one step: forwards and backwards on inputs in the order of 1F1B,
+  // weight gradients while waiting for others and where no more than `stages` micro-batches would live otherwise.
+  struct Count {
+    int forward = 0, input = 0, weight = 0;
+  };
+  std::vector<Count> done(stages);
+  Orders orders(stages);
+  for (int finished = 0; finished < stages;) {
+    const auto before = done;
+    finished = 0;
+    for (int stage = 0; stage < stages; ++stage) {
+      auto& now = done[stage];
+      const bool arrived = stage == 0 || before[stage - 1].forward > now.forward;
+      const bool reversed = stage == stages - 1 || before[stage + 1].input > now.input;
+      const bool forward = now.forward < micro_batches && now.forward - now.input < stages - stage;
+      const bool full = now.forward - now.weight == stages;
+      if (forward && arrived && !full) {
+        orders[stage].push_back(compute(Kind::kForward, 0, now.forward++));
+      } else if (!forward && reversed && now.input < micro_batches) {
+        orders[stage].push_back(compute(Kind::kBackwardInput, 0, now.input++));
+      } else if (now.weight < now.input) {
+        orders[stage].push_back(compute(Kind::kBackwardWeight, 0, now.weight++));
+      }
+      finished += now.weight == micro_batches ? 1 : 0;
+    }
+  }
+  return with_messages(orders, 1);
+}
+
+std::vector<StageSchedule> forward_only(int stages, int chunks, int micro_batches, int group_size) {
+  check_sizes(stages, chunks, micro_batches);
+  std::vector<Action> order;
+  for (const auto& [chunk, batch] : virtual_order(micro_batch_groups(stages, micro_batches, group_size), chunks, false))
+    order.push_back(compute(Kind::kForward, chunk, batch));
+  return with_messages(Orders(stages, order), chunks);
+}
+
+std::vector<StageSchedule> make_schedule(const ScheduleOptions& options) {
+  const auto& [name, stages, chunks, micro_batches, group_size] = options;
+  if (name == "zb-h1") {
+    MCB_CHECK(chunks == 1, "schedule: zb-h1 has one chunk per stage, found ", chunks);
+    return zero_bubble_h1(stages, micro_batches);
+  }
+  MCB_CHECK(name == "1f1b" || name == "interleaved", "schedule: '", name, "' is not one of 1f1b, interleaved, zb-h1");
+  return chunks == 1 ? one_forward_one_backward(stages, micro_batches)
+                     : interleaved(stages, chunks, micro_batches, group_size);
 }
 
 }  // namespace mcore_bridge

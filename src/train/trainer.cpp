@@ -190,7 +190,10 @@ void finish_gradients(const Chunks& chunks) {
 
 Trainer::Trainer(Chunks chunks, OptimizerOptions options) {
   options.validate();
-  MCB_CHECK(chunks.size() == 1, "Trainer: needs exactly one model chunk in this version, found ", chunks.size());
+  const auto needed = chunks.empty() ? 1 : chunks[0]->config().virtual_stages();
+  MCB_CHECK(static_cast<int64_t>(chunks.size()) == needed, "Trainer: needs all ", needed,
+            " model chunks of this rank (one per virtual pipeline stage, as get_mcore_model returns them), found ",
+            chunks.size());
   state_ = std::make_unique<State>(std::move(chunks), std::move(options));
 }
 
@@ -235,8 +238,7 @@ StepResult Trainer::train_step(const std::vector<ForwardInput>& micro_batches) {
   s.optimizer.take_over();
   for (auto& chunk : s.chunks) chunk->train(true);
   s.buffers->begin(static_cast<int>(batches.size()));
-  const auto schedule = one_forward_one_backward(s.model().parallel().pp.size(), static_cast<int>(batches.size()));
-  const auto loss = s.executor.train(schedule, batches, weights);
+  const auto loss = s.executor.train(batches, weights);
   {
     const TimedPhase timed(Phase::kCommunication, s.model().device());
     s.buffers->finish_gradients();

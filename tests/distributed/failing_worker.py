@@ -1,9 +1,11 @@
 """One scenario that must fail on every rank together: `failing_worker.py SCENARIO FOLDER WORK`. Each rank prints the error's type
 and text and exits with 3; anything else is a bug the test sees."""
 
+import os
 import resource
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -78,6 +80,30 @@ def not_a_folder(folder, work):
     config.bridge.save_weights(models, work / "file" / "out")
 
 
+def lost_stage(folder, **fields):
+    """Stage 2 of 4 is killed while the others train on."""
+    mb.initialize_model_parallel(pipeline_model_parallel_size=4)
+    config = mb.ModelConfig(**mb.hf_to_mcore_config(folder), pipeline_model_parallel_size=4, **fields)
+    models = mb.get_mcore_model(config)
+    config.bridge.load_weights(models, folder)
+    trainer = mb.Trainer(models, lr=1e-3, train_iters=1_000_000)
+    ids, labels = tiny.rows(4, 64)
+    batches = [dict(input_ids=ids, labels=labels)] * 8
+    trainer.train_step(batches)
+    if dist.get_rank() == 2:
+        threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+    while True:
+        trainer.train_step(batches)
+
+
+def lost_stage_vpp(folder, work):
+    lost_stage(folder, virtual_pipeline_model_parallel_size=2)
+
+
+def lost_stage_zb(folder, work):
+    lost_stage(folder, pipeline_schedule="zb-h1")
+
+
 def main():
     scenario, folder, work = sys.argv[1:]
     torch.set_num_threads(1)
@@ -87,6 +113,8 @@ def main():
     except Exception as error:
         text = error.args[0] if error.args else ""
         print(f"\nRANK {dist.get_rank()} {type(error).__name__}: {text}".replace("\n", " ") + "\n", flush=True)
+        if scenario.startswith("lost_stage"):
+            os._exit(3)  # not every rank is there for a barrier
         dist.barrier()
         sys.exit(3)
     print(f"\nRANK {dist.get_rank()} went on\n", flush=True)

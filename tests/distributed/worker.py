@@ -18,6 +18,7 @@ import tiny  # noqa: E402
 LAYOUT_ARGUMENTS = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
 }
 
 
@@ -33,6 +34,18 @@ def micro_batch(index, packed):
     for end in ends[1:].tolist():
         labels[:, end - 1] = -100
     return dict(input_ids=ids, labels=labels, packed_seq_params=mb.PackedSeqParams(cu_seqlens=ends.int()))
+
+
+def peak_bytes(work):
+    """Most bytes of host memory that tensors made during work() hold at once, as the profiler sees them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    held = peak = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 def run(case, folder):
@@ -55,6 +68,8 @@ def run(case, folder):
     lora = case.get("lora")
     if lora is not None:
         mb.add_lora(models, mb.LoraOptions(**lora))
+    if "seed" in case:
+        mb.set_random_seed(case["seed"])
     trainer = mb.Trainer(
         models,
         **{
@@ -76,6 +91,14 @@ def run(case, folder):
         )
         losses.append(result.loss)
         norms.append(result.grad_norm)
+    peaks = []
+    if "peak" in case:  # [rows, length, micro-batches]: memory of one step more, on every rank
+        rows, length, count = case["peak"]
+        ids, labels = tiny.rows(rows, length, seed=3)
+        batches = [dict(input_ids=ids, labels=labels)] * count
+        trainer.train_step(batches)
+        peaks = [None] * dist.get_world_size()
+        dist.all_gather_object(peaks, peak_bytes(lambda: trainer.train_step(batches)))
     evaluated = trainer.evaluate([micro_batch(900 + index, case.get("packed", False)) for index in range(2)])
     weights = {name: tensor.clone() for name, tensor in config.bridge.export_weights(models)}
     adapter = {}
@@ -87,7 +110,16 @@ def run(case, folder):
     if out:
         config.bridge.save_weights(models, out, max_shard_size="50KB")
     mb.destroy_model_parallel()
-    return dict(losses=losses, norms=norms, evaluated=evaluated, weights=weights, adapter=adapter, logits=logits, memory=memory)
+    return dict(
+        losses=losses,
+        norms=norms,
+        evaluated=evaluated,
+        weights=weights,
+        adapter=adapter,
+        logits=logits,
+        peaks=peaks,
+        memory=memory,
+    )
 
 
 def main():

@@ -39,7 +39,15 @@ class ModelArguments:
     pipeline_model_parallel_size: int = flag(1, "processes the layers are split over")
     context_parallel_size: int = flag(1, "processes a sequence is split over")
     expert_model_parallel_size: int = flag(1, "processes the experts are split over")
-    virtual_pipeline_model_parallel_size: Optional[int] = flag(None, "chunks of layers per pipeline process")
+    virtual_pipeline_model_parallel_size: Optional[int] = flag(None, "chunks of layers per pipeline process (interleaved)")
+    num_layers_per_virtual_pipeline_stage: Optional[int] = flag(None, "instead: layers of one chunk")
+    microbatch_group_size_per_vp_stage: Optional[int] = flag(None, "micro-batches a chunk takes in a row; default: pipeline size")
+    pipeline_model_parallel_layout: Optional[str] = flag(
+        None, "what each stage holds, e.g. Et*3|(tt|)*2tL: E embedding, t layer, L loss, | next stage"
+    )
+    pipeline_schedule: Literal["1f1b", "interleaved", "zb-h1"] = flag(
+        "1f1b", "order of work; 1f1b with virtual stages is interleaved; zb-h1 fills the bubble with weight gradients"
+    )
     sequence_parallel: bool = flag(False, "split activations along the sequence over the tensor-parallel processes")
     decoder_first_pipeline_num_layers: Optional[int] = flag(None, "layers of the first stage when uneven")
     decoder_last_pipeline_num_layers: Optional[int] = flag(None, "layers of the last stage when uneven")
@@ -220,6 +228,21 @@ class VerifyArguments(ModelArguments):
     length: int = flag(64, "tokens of each random sequence")
     batch: int = flag(2, "random sequences")
     seed: int = flag(42, "of the random tokens")
+
+
+@dataclass
+class ScheduleArguments:
+    pipeline_model_parallel_size: int = flag(4, "stages", "Schedule")
+    virtual_pipeline_model_parallel_size: Optional[int] = flag(None, "chunks per stage (interleaved)")
+    micro_batches: int = flag(8, "micro-batches per step")
+    microbatch_group_size_per_vp_stage: Optional[int] = flag(None, "micro-batches a chunk takes in a row; default: stages")
+    pipeline_schedule: Literal["1f1b", "interleaved", "zb-h1"] = flag("1f1b", "order of work")
+    forward_cost: float = flag(1.0, "time of a forward of one chunk, any unit", "Costs")
+    backward_input_cost: float = flag(1.0, "time of its gradient of the input")
+    backward_weight_cost: float = flag(1.0, "time of its gradient of the weights")
+    exchange_cost: float = flag(0.0, "time of a message between stages")
+    table: bool = flag(False, "also print the table itself, messages included", "Output")
+    plot: Optional[str] = flag(None, "draw the chart into this file (png, svg, pdf)")
 
 
 @dataclass

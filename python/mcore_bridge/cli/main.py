@@ -10,6 +10,7 @@ COMMANDS = {
     "export": ("export", "merge an adapter into its model, cast or re-shard a checkpoint"),
     "verify": ("verify", "compare the engine's logits with Transformers'"),
     "inspect": ("inspect", "show the layout of a checkpoint without loading it"),
+    "schedule": ("schedule", "show a pipeline schedule, its bubble and its peak activations"),
 }
 
 
@@ -42,7 +43,7 @@ def main(argv=None):
     from .launch import relaunch
 
     wants_help = any(word in ("-h", "--help") for word in argv[1:])
-    if not wants_help and argv[0] != "inspect":
+    if not wants_help and argv[0] not in ("inspect", "schedule"):
         code = relaunch(argv)
         if code is not None:
             return code

@@ -29,8 +29,7 @@ NEUTRAL = {
     "distrib_optim_fully_reshardable_mem_efficient": None, "to_hf": [True], "to_mcore": [False], "test_convert_precision": [False],
     "test_convert_dtype": None, "device_map": None,
     # parallelism
-    "expert_tensor_parallel_size": [1], "pipeline_model_parallel_layout": [], "microbatch_group_size_per_vp_stage": [],
-    "overlap_param_gather_with_optimizer_step": None, "align_param_gather": None, "align_grad_reduce": None,
+    "expert_tensor_parallel_size": [1], "overlap_param_gather_with_optimizer_step": None, "align_param_gather": None, "align_grad_reduce": None,
     "overlap_p2p_comm": None, "batch_p2p_comm": None, "tp_comm_overlap": None, "nccl_comm_warmup": None, "cp_comm_type": [],
     "cp_partition_mode": ["zigzag"], "sequence_packing_scheduler": [], "ddp_backend": None, "ddp_timeout": None,
     # logging

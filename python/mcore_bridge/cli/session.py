@@ -59,14 +59,18 @@ def build_config(arguments, folder, **more):
             "num_layers_in_last_pipeline_stage": arguments.decoder_last_pipeline_num_layers,
             "account_for_embedding_in_pipeline_split": arguments.account_for_embedding_in_pipeline_split,
             "account_for_loss_in_pipeline_split": arguments.account_for_loss_in_pipeline_split,
+            "num_layers_per_virtual_pipeline_stage": arguments.num_layers_per_virtual_pipeline_stage,
+            "microbatch_group_size_per_vp_stage": arguments.microbatch_group_size_per_vp_stage,
+            "pipeline_model_parallel_layout": arguments.pipeline_model_parallel_layout,
+            "pipeline_schedule": arguments.pipeline_schedule,
             **more,
             **arguments.megatron_extra_kwargs,
         }
     )
+    sizes["virtual_pipeline_model_parallel_size"] = config.virtual_pipeline_model_parallel_size  # a layout decides it, too
     timeout = getattr(arguments, "distributed_timeout_minutes", 30)
-    mb.initialize_model_parallel(
-        **sizes, distributed_timeout_minutes=timeout
-    )  # after the config: its errors are about the model, not the machine
+    # After the config: its errors are about the model, not the machine.
+    mb.initialize_model_parallel(**sizes, distributed_timeout_minutes=timeout)
     return config
 
 

@@ -1,0 +1,90 @@
+#include "layers/weight_gradients.h"
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <atomic>
+#include <optional>
+#include <utility>
+
+namespace mcore_bridge {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+std::atomic<int> splitting{0};
+std::atomic<WeightGradients*> deferred{nullptr};
+
+at::Tensor rows(const at::Tensor& x) { return x.reshape({-1, x.size(-1)}); }
+
+struct SplitLinear : torch::autograd::Function<SplitLinear> {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& weight,
+                            const std::optional<at::Tensor>& bias) {
+    context->save_for_backward({x, weight, bias.value_or(at::Tensor())});
+    return at::linear(x, weight, bias);
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list grads) {
+    const auto saved = context->get_saved_variables();
+    const auto &x = saved[0], &weight = saved[1], &bias = saved[2], &grad = grads[0];
+    variable_list result(3);
+    if (!grad.defined()) return result;
+    auto* store = WeightGradients::current();
+    auto later = [&](size_t index, const at::Tensor& tensor, std::function<at::Tensor()> gradient) {
+      if (!tensor.defined() || !context->needs_input_grad(index)) return;
+      if (store) {
+        store->add(tensor, std::move(gradient));
+      } else {
+        result[index] = gradient();
+      }
+    };
+    if (context->needs_input_grad(0)) result[0] = at::matmul(grad, weight);
+    later(1, weight, [x, grad] { return at::mm(rows(grad).t(), rows(x)); });
+    later(2, bias, [grad] { return rows(grad).sum(0); });
+    return result;
+  }
+};
+
+}  // namespace
+
+at::Tensor linear_map(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
+  const bool trains = weight.requires_grad() || (bias.defined() && bias.requires_grad());
+  const auto given = bias.defined() ? std::optional(bias) : std::nullopt;
+  if (splitting.load() > 0 && trains && at::GradMode::is_enabled()) return SplitLinear::apply(x, weight, given);
+  return at::linear(x, weight, given);
+}
+
+WeightGradients* WeightGradients::current() { return deferred.load(); }
+
+void WeightGradients::add(at::Tensor tensor, std::function<at::Tensor()> gradient) {
+  const std::lock_guard lock(mutex_);
+  tensors_.push_back(std::move(tensor));
+  gradients_.push_back(std::move(gradient));
+}
+
+void WeightGradients::run() {
+  if (tensors_.empty()) return;
+  variable_list gradients;
+  {
+    at::NoGradGuard no_grad;
+    for (auto& gradient : gradients_) {
+      gradients.push_back(gradient());
+      gradient = nullptr;  // its inputs are not needed any more
+    }
+  }
+  gradients_.clear();
+  torch::autograd::backward(std::exchange(tensors_, {}), gradients);
+}
+
+SplitBackward::SplitBackward() { ++splitting; }
+SplitBackward::~SplitBackward() { --splitting; }
+
+DeferWeightGradients::DeferWeightGradients(WeightGradients& store) {
+  WeightGradients* none = nullptr;
+  TORCH_INTERNAL_ASSERT(deferred.compare_exchange_strong(none, &store), "two split backward passes at once");
+}
+DeferWeightGradients::~DeferWeightGradients() { deferred = nullptr; }
+
+}  // namespace mcore_bridge

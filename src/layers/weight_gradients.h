@@ -1,0 +1,51 @@
+// Backward in two halves: gradients of inputs now, gradients of weights later (zero-bubble pipeline schedules).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <mutex>
+#include <vector>
+
+namespace mcore_bridge {
+
+/// y = x W^T (+ bias), as at::linear. Inside a SplitBackward scope its backward can be split.
+at::Tensor linear_map(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias = {});
+
+/// Weight gradients that a backward pass has put aside.
+class WeightGradients {
+ public:
+  /// Where a backward pass that runs now has to put them; null: it computes them itself.
+  static WeightGradients* current();
+
+  /// `gradient` computes what backward adds to `tensor`, a parameter or something computed from parameters.
+  void add(at::Tensor tensor, std::function<at::Tensor()> gradient);
+  /// Computes and accumulates all of them, hooks of the parameters included, then forgets them.
+  void run();
+
+ private:
+  std::mutex mutex_;  // backward of several devices runs on several threads
+  std::vector<at::Tensor> tensors_;
+  std::vector<std::function<at::Tensor()>> gradients_;
+};
+
+/// While it lives, `linear_map` builds graphs whose backward can be split. Both scopes hold for the whole process, as
+/// backward runs on threads of its own.
+class SplitBackward {
+ public:
+  SplitBackward();
+  ~SplitBackward();
+  SplitBackward(const SplitBackward&) = delete;
+  SplitBackward& operator=(const SplitBackward&) = delete;
+};
+
+/// While it lives, backward passes put the weight gradients of such graphs into `store`.
+class DeferWeightGradients {
+ public:
+  explicit DeferWeightGradients(WeightGradients& store);
+  ~DeferWeightGradients();
+  DeferWeightGradients(const DeferWeightGradients&) = delete;
+  DeferWeightGradients& operator=(const DeferWeightGradients&) = delete;
+};
+
+}  // namespace mcore_bridge
