@@ -106,13 +106,14 @@ class Run:
             recompute_granularity=arguments.recompute_granularity,
             recompute_method=arguments.recompute_method,
             recompute_num_layers=arguments.recompute_num_layers,
+            recompute_modules=arguments.recompute_modules,
+            cpu_offloading=arguments.cpu_offloading,
+            cpu_offloading_num_layers=arguments.cpu_offloading_num_layers,
+            deterministic_mode=arguments.deterministic_mode,
         )
         self.state = mb.get_parallel_state()
         if arguments.deterministic_mode:
-            import torch
-
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
         mb.set_random_seed(arguments.seed)
         self.models = mb.get_mcore_model(self.config)
         if arguments.perform_initialization:
@@ -145,15 +146,16 @@ class Run:
 
         from ..data.prepare import load_units
         from ..data.sampler import Sampler
+        from .session import sequence_multiples
 
         arguments = self.arguments
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         longest = self.config.max_position_embeddings or 8192
         self.max_length = arguments.max_length or min(longest, 8192)
-        multiple = self.state.tp_size if self.config.sequence_parallel else 1
+        multiple, document_multiple = sequence_multiples(self.config, self.state)
         if len(tokenizer) > self.config.padded_vocab_size:
             raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {self.config.padded_vocab_size}")
-        self.units, self.held_out = load_units(arguments, tokenizer, self.max_length, multiple)
+        self.units, self.held_out = load_units(arguments, tokenizer, self.max_length, multiple, document_multiple)
 
         def sampler(units, shuffle, once=False):
             return Sampler(

@@ -51,12 +51,13 @@ def encode_rows(rows, template, arguments, max_length):
 class Units:
     """Training units (a sample, or a packed row of samples) and how a micro-batch of them looks."""
 
-    def __init__(self, samples, arguments, max_length, multiple, pad_token):
-        self.samples, self.multiple, self.pad_token = samples, multiple, pad_token
+    def __init__(self, samples, arguments, max_length, multiple, pad_token, document_multiple=1):
+        self.samples, self.multiple, self.pad_token, self.document_multiple = samples, multiple, pad_token, document_multiple
         self.flat = arguments.packing or arguments.padding_free
         if arguments.packing:
             capacity = arguments.packing_length or max_length
-            self.rows = pack([len(sample["input_ids"]) for sample in samples], capacity)
+            lengths = [len(sample["input_ids"]) for sample in samples]
+            self.rows = pack([length + -length % document_multiple for length in lengths], capacity)
         else:
             self.rows = [[index] for index in range(len(samples))]
 
@@ -80,11 +81,12 @@ class Units:
             for unit in units
             for sample in ([nothing] if unit is None else [self.samples[index] for index in self.rows[unit]])
         ]
-        build = flat_batch if self.flat else padded_batch
-        return build(samples, self.multiple, self.pad_token)
+        if self.flat:
+            return flat_batch(samples, self.multiple, self.pad_token, self.document_multiple)
+        return padded_batch(samples, self.multiple, self.pad_token)
 
 
-def load_units(arguments, tokenizer, max_length, multiple):
+def load_units(arguments, tokenizer, max_length, multiple, document_multiple=1):
     """(training units, validation units or None)."""
     if not arguments.dataset:
         raise ValueError("--dataset is missing")
@@ -101,6 +103,6 @@ def load_units(arguments, tokenizer, max_length, multiple):
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
     def units(some):
-        return Units(encode_rows(some, template, arguments, max_length), arguments, max_length, multiple, pad)
+        return Units(encode_rows(some, template, arguments, max_length), arguments, max_length, multiple, pad, document_multiple)
 
     return units(rows), units(held_out) if held_out else None
