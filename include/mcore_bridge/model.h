@@ -17,13 +17,16 @@ class Module;
 struct ParallelState;
 using ParallelStatePtr = std::shared_ptr<const ParallelState>;
 
-/// Several documents in one row without padding: tokens [cu_seqlens[i], cu_seqlens[i+1]) are document i.
+/// Several documents in one row: tokens [cu_seqlens[i], cu_seqlens[i+1]) are document i. With context parallelism each
+/// is padded to a multiple of 2 * context_parallel_size, and cu_seqlens count the whole row, not a rank's part.
 struct PackedSeqParams {
   at::Tensor cu_seqlens;                 ///< int32 [documents + 1], on the model's device
   std::vector<int64_t> cu_seqlens_host;  ///< the same on the host, so that no step waits for the device
   int64_t max_seqlen = 0;
 };
 
+/// Context parallelism: `forward` takes this rank's part of the sequence (see zigzag.h; split_cp_inputs in Python) and
+/// returns that part's results; Trainer and forward_all_stages take whole sequences.
 struct ForwardInput {
   at::Tensor input_ids;     ///< int64 [b, s]; may be undefined after the first stage
   at::Tensor position_ids;  ///< int64 [b, s]; undefined: 0..s-1 (or per document when packed)

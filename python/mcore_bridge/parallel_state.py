@@ -144,7 +144,7 @@ def reset_communication_volume():
 
 
 def split_cp_inputs(inputs, cu_seqlens, dim):
-    """This context-parallel rank's part of `inputs`: each sequence (the whole tensor when cu_seqlens is None) is cut into
+    """This context-parallel rank's part of `inputs`, as `model(...)` takes it: each sequence (the whole tensor when cu_seqlens is None) is cut into
     2 * cp equal chunks along `dim`; rank r keeps chunks r and 2 * cp - 1 - r, in that order."""
     state = get_parallel_state()
     size, rank = state.cp_size, state.cp_rank

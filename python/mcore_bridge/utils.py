@@ -70,6 +70,7 @@ def set_random_seed(
     """
     import torch
 
+    from .engine import _core
     from .parallel_state import get_parallel_state
 
     if seed_ is None or seed_ <= 0:
@@ -84,3 +85,4 @@ def set_random_seed(
     except ImportError:
         pass
     torch.manual_seed(seed)
+    _core.reset_random_streams()

@@ -32,6 +32,7 @@ PYBIND11_MODULE(_core, module) {
   py::register_exception_translator(translate);
   init_config(module);
   init_parallel(module);
+  init_random(module);
   init_model(module);
   init_bridge(module);
   init_train(module);

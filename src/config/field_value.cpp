@@ -80,6 +80,12 @@ void read_field(const char* name, const Json& value, IntList& field) {
   }
 }
 
+void read_field(const char* name, const Json& value, StringList& field) {
+  if (!value.is_array()) wrong(name, value, "a list of strings");
+  field.clear();
+  for (const auto& item : value) read_field(name, item, field.emplace_back());
+}
+
 void read_field(const char* name, const Json& value, Pattern& field) {
   if (value.is_string()) {
     field = parse_pattern(value.get<std::string>(), name);
@@ -134,6 +140,7 @@ Json write_field(const OptInt& field) { return optional_json(field); }
 Json write_field(const OptDouble& field) { return optional_json(field); }
 Json write_field(const OptString& field) { return optional_json(field); }
 Json write_field(const IntList& field) { return field; }
+Json write_field(const StringList& field) { return field; }
 Json write_field(const Json& field) { return field; }
 
 Json write_field(const StageLayout& field) { return field.empty() ? Json(nullptr) : Json(field.text()); }

@@ -1,5 +1,7 @@
 #include "mcore_bridge/model_config.h"
 
+#include <algorithm>
+
 #include "config/field_value.h"
 #include "config/pipeline_layout.h"
 #include "config/unsupported.h"
@@ -56,6 +58,12 @@ bool ModelConfig::has_window(int64_t layer) const {
   if (window_size.empty() || window_size[0] < 0) return false;
   if (window_attn_skip_freq.empty()) return true;
   return window_attn_skip_freq.expand(num_layers, 0, "window_attn_skip_freq").at(layer) == 1;
+}
+
+bool ModelConfig::recomputes(const std::string& module) const {
+  if (recompute_granularity != "selective") return false;
+  if (recompute_modules.empty()) return module == "core_attn";
+  return std::find(recompute_modules.begin(), recompute_modules.end(), module) != recompute_modules.end();
 }
 
 bool ModelConfig::has_rope(int64_t layer) const {

@@ -37,7 +37,6 @@ const std::vector<Known>& table() {
       hint("pipeline_dtype"),
       hint("calculate_per_token_loss"),
       hint("vit_attn_impl"),
-      hint("tp_comm_overlap"),
 
       // Features of later versions, and what sets each up; the latter has no effect while the former is off.
       off("num_moe_experts"),
@@ -92,7 +91,6 @@ const std::vector<Known>& table() {
       hint("fp8_recipe"),
       off("fp8_param", {false}),
       off("fp4", {false}),
-      hint("recompute_modules"),
       off("apply_query_key_layer_scaling", {false}),
       off("attention_output_gate", {false}),
       off("qk_l2_norm", {false}),
@@ -103,7 +101,6 @@ const std::vector<Known>& table() {
       off("glu_linear_offset", {0}),
       off("num_labels"),
       off("mlp_padding_free", {false}),
-      off("cp_comm_type", {"p2p"}),
   };
   return rows;
 }

@@ -26,8 +26,6 @@ void check_supported(const ModelConfig& c) {
   only("hidden_act", c.hidden_act, {"silu", "gelu", "gelu_tanh"});
   only("task_type", c.task_type, {"causal_lm"});
   MCB_CHECK(c.swiglu, "ModelConfig.swiglu: an MLP without gate is not supported by this version");
-  MCB_CHECK(c.context_parallel_size == 1, "ModelConfig.context_parallel_size: ", c.context_parallel_size,
-            " is not supported by this version (only 1)");
   MCB_CHECK(c.expert_model_parallel_size == 1, "ModelConfig.expert_model_parallel_size: ", c.expert_model_parallel_size,
             " needs a mixture-of-experts model, which this version does not have");
   const auto expert_tensor = c.expert_tensor_parallel_size.value_or(1);
@@ -101,8 +99,8 @@ void check_ranges(const ModelConfig& c) {
 
 void check_recompute(const ModelConfig& c) {
   const auto granularity = c.recompute_granularity.value_or("none"), method = c.recompute_method.value_or("uniform");
-  MCB_CHECK(granularity == "none" || granularity == "full", "ModelConfig.recompute_granularity: '", granularity,
-            "' is not supported by this version; supported: full, none");
+  MCB_CHECK(granularity == "none" || granularity == "full" || granularity == "selective",
+            "ModelConfig.recompute_granularity: '", granularity, "' is not one of full, selective, none");
   MCB_CHECK(method == "uniform" || method == "block", "ModelConfig.recompute_method: '", method,
             "' is not one of uniform, block");
   MCB_CHECK(granularity == "full" || (!c.recompute_method && !c.recompute_num_layers),
@@ -110,6 +108,19 @@ void check_recompute(const ModelConfig& c) {
   MCB_CHECK(c.recompute_num_layers.value_or(1) > 0, "ModelConfig.recompute_num_layers: must be at least 1");
   MCB_CHECK(granularity != "full" || method != "block" || c.recompute_num_layers,
             "ModelConfig.recompute_num_layers: recompute_method 'block' needs it");
+  for (const auto& module : c.recompute_modules) {
+    const bool known = module == "core_attn" || module == "mlp" || module == "layernorm";
+    const bool later = module == "moe" || module == "moe_act" || module == "shared_experts" || module == "mla_up_proj";
+    MCB_CHECK(!later, "ModelConfig.recompute_modules: '", module,
+              "' needs a mixture-of-experts or multi-latent-attention model, which this one is not; leave it out");
+    MCB_CHECK(known, "ModelConfig.recompute_modules: '", module, "' is not one of core_attn, mlp, layernorm");
+  }
+  MCB_CHECK(!c.cpu_offloading || granularity != "full",
+            "ModelConfig.cpu_offloading: recompute_granularity 'full' leaves nothing to offload; use one of them");
+  MCB_CHECK(c.cpu_offloading_num_layers >= 0, "ModelConfig.cpu_offloading_num_layers: ", c.cpu_offloading_num_layers,
+            " must not be negative");
+  MCB_CHECK(!c.cpu_offloading || c.cpu_offloading_num_layers > 0,
+            "ModelConfig.cpu_offloading: cpu_offloading_num_layers says of how many layers, and is 0");
 }
 
 void check_tensor_parallel(const ModelConfig& c) {
@@ -127,6 +138,31 @@ void check_tensor_parallel(const ModelConfig& c) {
   divides("ffn_hidden_size", c.ffn_hidden_size);
   MCB_CHECK(shares_groups(tp), "tensor_model_parallel_size ", tp, " and num_query_groups ", groups,
             ": one must divide the other", advice());
+}
+
+void check_context_parallel(const ModelConfig& c) {
+  MCB_CHECK(!c.tp_comm_overlap || c.sequence_parallel || c.tensor_model_parallel_size == 1,
+            "ModelConfig.tp_comm_overlap: needs sequence_parallel, whose gathers and reductions it overlaps");
+  const auto cp = c.context_parallel_size;
+  const auto& type = c.cp_comm_type;
+  MCB_CHECK(
+      type != "a2a+p2p",
+      "ModelConfig.cp_comm_type: 'a2a+p2p' is not supported by this version; use p2p (any number of heads) or a2a");
+  MCB_CHECK(type == "p2p" || type == "all_gather" || type == "a2a", "ModelConfig.cp_comm_type: '", type,
+            "' is not one of p2p, all_gather, a2a");
+  if (cp == 1) return;
+  if (type == "a2a") {
+    const auto tp = c.tensor_model_parallel_size;
+    const auto heads = c.num_attention_heads / tp, groups = std::max<int64_t>(1, c.query_groups() / tp);
+    MCB_CHECK(heads % cp == 0 && groups % cp == 0,
+              "ModelConfig.cp_comm_type: 'a2a' splits heads: context_parallel_size ", cp, " does not divide the ",
+              heads, " query and ", groups, " key/value heads of a tensor-parallel rank; use ",
+              numbers_that_work(groups, [&](int64_t n) { return heads % n == 0 && groups % n == 0; }),
+              ", or cp_comm_type p2p or all_gather");
+  } else {
+    MCB_CHECK(c.attention_dropout == 0, "ModelConfig.attention_dropout: ", c.attention_dropout, " with cp_comm_type '",
+              type, "' is not supported; use cp_comm_type a2a, or attention_dropout 0");
+  }
 }
 
 }  // namespace
@@ -151,6 +187,7 @@ void ModelConfig::finalize() {
   check_ranges(*this);
   check_recompute(*this);
   check_tensor_parallel(*this);
+  check_context_parallel(*this);
   check_pipeline(*this);
 }
 

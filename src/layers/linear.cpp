@@ -6,9 +6,12 @@
 #include <algorithm>
 
 #include "layers/norm.h"
+#include "layers/offload.h"
+#include "layers/sequence_linear.h"
 #include "layers/weight_gradients.h"
 #include "mcore_bridge/error.h"
 #include "parallel/collectives.h"
+#include "parallel/random.h"
 
 namespace mcore_bridge {
 namespace {
@@ -111,20 +114,45 @@ at::Tensor ParallelLinear::forward(const at::Tensor& x_sbh) {
   auto x = x_sbh;
   if (layer_norm_weight_.defined())
     x = rms_norm(x, layer_norm_weight_, options_.norm_epsilon, options_.norm_zero_centered);
-  const bool column = options_.shard == Shard::kColumn;
-  if (column) x = options_.sequence_parallel ? gather_sequence(x, tp) : copy_to_region(x, tp);
-
-  auto y = linear_map(x, weight_, column ? bias_ : at::Tensor());
+  ActivationOffload::keep(x_sbh);
+  ActivationOffload::keep(x);
+  if (options_.shard == Shard::kColumn) {
+    at::Tensor y;
+    if (sharded()) {
+      y = gathered_linear(x, weight_, bias_, tp, options_.overlap);
+    } else {
+      x = copy_to_region(x, tp);
+      y = linear_map(x, weight_, bias_);
+    }
+    for (const auto& [name, adapter] : adapters_) y = y + adapter_output(adapter, x);
+    return y;
+  }
   // Both the base product and the adapter's are linear in x, so one reduction behind serves their sum.
-  for (const auto& [name, adapter] : adapters_) y = y + adapter_output(adapter, x);
-  if (column) return y;
-  y = options_.sequence_parallel ? reduce_scatter_sequence(y, tp) : reduce_from_region(y, tp);
+  at::Tensor y, sum;
+  for (const auto& [name, adapter] : adapters_) {
+    const auto output = adapter_output(adapter, x);
+    sum = sum.defined() ? sum + output : output;
+  }
+  if (sharded()) {
+    y = scattered_linear(x, weight_, sum, tp, options_.overlap);
+  } else {
+    y = linear_map(x, weight_);
+    y = reduce_from_region(sum.defined() ? y + sum : y, tp);
+  }
   return bias_.defined() ? y + bias_ : y;
 }
 
 at::Tensor ParallelLinear::adapter_output(const LoraAdapter& adapter, const at::Tensor& x) const {
-  const auto input = adapter.dropout > 0 && training() ? at::dropout(x, adapter.dropout, true) : x;
-  const auto low = linear_map(input, adapter.a) * adapter.scaling;  // [s, b, adapted parts * r]
+  auto input = x;
+  if (adapter.dropout > 0 && training()) {
+    // Only a column-parallel layer without sequence parallelism sees the same x on all tensor ranks.
+    const bool alike = options_.shard == Shard::kColumn && !sharded();
+    const RandomScope scope(alike ? RandomStream::kReplicated : RandomStream::kSplit, *parallel_, x.device());
+    input = at::dropout(x, adapter.dropout, true);
+  }
+  auto low = linear_map(input, adapter.a) * adapter.scaling;  // [s, b, adapted parts * r]
+  // A shard's few columns are gathered, not its input again.
+  if (options_.shard == Shard::kColumn && sharded()) low = gather_sequence(low, parallel_->tp);
   auto rows = split_parts(adapter.b, adapter.parts);
   std::vector<at::Tensor> outputs(rows.size());
   int64_t block = 0;

@@ -38,6 +38,7 @@ struct LinearOptions {
   double norm_epsilon = 1e-5;
   bool norm_zero_centered = false;
   bool sequence_parallel = false;
+  bool overlap = false;  ///< with sequence_parallel: tp_comm_overlap
 };
 
 /// Column-parallel: y = norm(x) W^T with the rows of W split; gathers the sequence (or copies) in front.
@@ -64,8 +65,10 @@ class ParallelLinear : public Module {
   at::Tensor merged_weight(const std::string& adapter) const;
 
  private:
-  /// B A x for the adapted parts, laid out like the layer's output.
+  /// B A x for the adapted parts, laid out like the layer's output (of the whole sequence, x being a shard or not).
   at::Tensor adapter_output(const LoraAdapter& adapter, const at::Tensor& x) const;
+  /// Between shards of the sequence.
+  bool sharded() const { return options_.sequence_parallel && parallel_->tp.size() > 1; }
   /// The rows of each part inside the local fused output, as matrices: B's rows per part.
   std::vector<at::Tensor> split_parts(const at::Tensor& rows, const std::vector<bool>& parts) const;
   at::Tensor join_parts(std::vector<at::Tensor> outputs, const at::Tensor& like) const;

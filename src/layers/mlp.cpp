@@ -14,13 +14,15 @@ MLP::MLP(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions
                                                         .norm = true,
                                                         .norm_epsilon = config.layernorm_epsilon,
                                                         .norm_zero_centered = config.layernorm_zero_centered_gamma,
-                                                        .sequence_parallel = config.sequence_parallel},
+                                                        .sequence_parallel = config.sequence_parallel,
+                                                        .overlap = config.tp_comm_overlap},
                                           parallel, tensor_options);
   fc2_ = std::make_unique<ParallelLinear>(LinearOptions{.in = config.ffn_hidden_size,
                                                         .out = config.hidden_size,
                                                         .shard = Shard::kRow,
                                                         .bias = config.add_mlp_bias,
-                                                        .sequence_parallel = config.sequence_parallel},
+                                                        .sequence_parallel = config.sequence_parallel,
+                                                        .overlap = config.tp_comm_overlap},
                                           parallel, tensor_options);
 }
 

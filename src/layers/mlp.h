@@ -5,6 +5,7 @@
 
 #include "layers/activation.h"
 #include "layers/linear.h"
+#include "layers/offload.h"
 #include "mcore_bridge/model_config.h"
 
 namespace mcore_bridge {
@@ -15,7 +16,9 @@ class MLP : public Module {
   std::string kind() const override { return "MLP"; }
   std::vector<Child> children() const override { return {{"linear_fc1", fc1_.get()}, {"linear_fc2", fc2_.get()}}; }
   at::Tensor forward(const at::Tensor& x_sbh) {
-    return fc2_->forward(gated_activation(fc1_->forward(x_sbh), activation_));
+    const auto gate_up = fc1_->forward(x_sbh);
+    ActivationOffload::keep(gate_up);
+    return fc2_->forward(gated_activation(gate_up, activation_));
   }
 
  private:

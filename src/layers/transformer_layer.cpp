@@ -2,18 +2,32 @@
 
 #include <ATen/ATen.h>
 
+#include "layers/recompute.h"
+#include "parallel/random.h"
+
 namespace mcore_bridge {
 
 TransformerLayer::TransformerLayer(const ModelConfig& config, ParallelStatePtr parallel,
                                    at::TensorOptions tensor_options, int64_t layer)
     : dropout_(config.hidden_dropout),
+      // Shards of the sequence differ between tensor ranks, whole sequences do not.
+      stream_(config.sequence_parallel ? RandomStream::kSplit : RandomStream::kReplicated),
+      recompute_mlp_(config.recomputes("mlp")),
+      parallel_(parallel),
       attention_(std::make_unique<SelfAttention>(config, parallel, tensor_options, layer)),
       mlp_(std::make_unique<MLP>(config, parallel, tensor_options)) {}
 
+at::Tensor TransformerLayer::dropped(const at::Tensor& x) const {
+  if (dropout_ == 0 || !training()) return x;
+  const RandomScope scope(stream_, *parallel_, x.device());
+  return at::dropout(x, dropout_, true);
+}
+
 at::Tensor TransformerLayer::forward(const at::Tensor& x_sbh, const AttentionInput& input) {
-  auto dropped = [&](const at::Tensor& y) { return dropout_ > 0 && training() ? at::dropout(y, dropout_, true) : y; };
   const auto x = x_sbh + dropped(attention_->forward(x_sbh, input));
-  return x + dropped(mlp_->forward(x));
+  auto mlp = [this](const at::Tensor& y) { return mlp_->forward(y); };
+  const bool again = recompute_mlp_ && at::GradMode::is_enabled() && x.requires_grad();
+  return x + dropped(again ? recompute(mlp, x) : mlp(x));
 }
 
 }  // namespace mcore_bridge

@@ -3,9 +3,10 @@
 
 #include <memory>
 
-#include "layers/attention.h"
+#include "layers/attention/self_attention.h"
 #include "layers/embedding.h"
 #include "layers/mlp.h"
+#include "parallel/random.h"
 
 namespace mcore_bridge {
 
@@ -19,7 +20,12 @@ class TransformerLayer : public Module {
   at::Tensor forward(const at::Tensor& x_sbh, const AttentionInput& input);
 
  private:
+  at::Tensor dropped(const at::Tensor& x) const;
+
   double dropout_;
+  RandomStream stream_;
+  bool recompute_mlp_;
+  ParallelStatePtr parallel_;
   std::unique_ptr<SelfAttention> attention_;
   std::unique_ptr<MLP> mlp_;
 };

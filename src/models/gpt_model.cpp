@@ -5,9 +5,12 @@
 
 #include "layers/cross_entropy.h"
 #include "layers/finite_check.h"
+#include "layers/offload.h"
 #include "layers/recompute.h"
 #include "mcore_bridge/error.h"
+#include "models/context_share.h"
 #include "parallel/collectives.h"
+#include "parallel/zigzag.h"
 
 namespace mcore_bridge {
 namespace {
@@ -41,6 +44,7 @@ at::Tensor default_positions(const ForwardInput& input, int64_t batch, int64_t l
 GPTModel::GPTModel(const ModelConfig& config, ParallelStatePtr parallel, int vp_stage, const std::string& device)
     : config_(config), parallel_(std::move(parallel)), vp_stage_(vp_stage), device_(device) {
   check_layout(config_, *parallel_);
+  if (config_.deterministic_mode) at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false);
   const int last_chunk = static_cast<int>(config_.virtual_stages()) - 1;
   place_.layers = config_.layers_of(parallel_->place.pp, vp_stage);
   place_.pre_process = parallel_->is_first_stage() && vp_stage == 0;
@@ -91,17 +95,39 @@ AttentionInput GPTModel::attention_input(const ForwardInput& input) const {
     batch = input.hidden.size(1);
     length = input.hidden.size(0) * (config_.sequence_parallel ? parallel_->tp.size() : 1);
   }
+  const auto& cp = parallel_->cp;
+  const auto whole = length * cp.size();  // of the row all context-parallel ranks share
+  const auto ends = input.packed ? input.packed->cu_seqlens_host : std::vector<int64_t>{0, whole};
+  const auto window = config_.window_size.empty() ? -1 : config_.window_size[0];
+  MCB_CHECK(ends.back() == whole, "forward: cu_seqlens ends at ", ends.back(), ", but the row holds ", length,
+            " tokens",
+            cp.size() > 1 ? " on each of " + std::to_string(cp.size()) +
+                                " context-parallel ranks; give every rank its part (split_cp_inputs) and cu_seqlens of "
+                                "the whole row"
+                          : "");
+  if (cp.size() > 1) {
+    check_zigzag(ends, cp.size(), "forward");
+    result.context = context_plan(cp, parse_transport(config_.cp_comm_type), ends, window, device_);
+  }
   if (rope_) {
-    const auto positions =
-        input.position_ids.defined() ? input.position_ids : default_positions(input, batch, length, device_);
-    result.rope = rope_->table(positions, input.packed ? input.packed->max_seqlen : length);
+    auto positions = input.position_ids;
+    if (!positions.defined()) {
+      positions = default_positions(input, batch, whole, device_);
+      if (cp.size() > 1) positions = zigzag_slice(positions, 1, ends, cp.size(), cp.rank());
+    }
+    MCB_CHECK(positions.dim() == 2 && positions.size(1) == length, "forward: position_ids is ", positions.sizes(),
+              ", expected [", batch, ", ", length, "]", cp.size() > 1 ? ": this rank's part of the positions" : "");
+    result.rope = rope_->table(positions, input.packed ? input.packed->max_seqlen : whole);
   }
   if (!input.attention_mask.defined()) return result;
+  if (cp.size() > 1) {
+    check_right_padding(input.attention_mask, "forward");  // causal attention never looks at padding on the right
+    return result;
+  }
 
   MCB_CHECK(!input.packed,
             "forward: attention_mask and packed_seq_params exclude each other; documents are kept apart by cu_seqlens");
   const auto& mask = input.attention_mask;
-  const auto window = config_.window_size.empty() ? -1 : config_.window_size[0];
   if (mask.dim() == 2) {
     MCB_CHECK(mask.size(0) == batch && mask.size(1) == length, "forward: attention_mask is ", mask.sizes(),
               ", expected [", batch, ", ", length, "]");
@@ -129,7 +155,17 @@ at::Tensor GPTModel::run_layers(at::Tensor x, const AttentionInput& attention) {
   const size_t recomputed = !again ? 0 : block ? std::min(given, count) : count;
   // With a frozen embedding nothing else would tell autograd that the layers hold trainable parameters.
   if (recomputed > 0 && !x.requires_grad()) x = x.detach().requires_grad_(true);
+  const auto offloaded = config_.cpu_offloading && at::GradMode::is_enabled()
+                             ? std::min(count, static_cast<size_t>(config_.cpu_offloading_num_layers))
+                             : 0;
+  std::shared_ptr<OffloadedBlock> before;
   for (size_t first = 0; first < count; first += unit) {
+    if (first < offloaded) {
+      ActivationOffload::Block block;
+      x = layers_[first]->forward(x, attention);
+      if (x.requires_grad()) before = block.leave(x, before);
+      continue;
+    }
     const auto end = std::min(count, first + unit);
     auto run = [this, first, end, attention](const at::Tensor& input) {
       auto y = input;

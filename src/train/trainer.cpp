@@ -9,6 +9,7 @@
 #include "core/phase_timer.h"
 #include "layers/finite_check.h"
 #include "mcore_bridge/error.h"
+#include "models/context_share.h"
 #include "parallel/together.h"
 #include "train/complete_gradients.h"
 #include "train/executor.h"
@@ -36,13 +37,9 @@ void check_batch(const ForwardInput& batch, size_t index, const GPTModel& model)
   if (batch.labels.sizes() != batch.input_ids.sizes())
     bad("labels ", batch.labels.sizes(), " and input_ids ", batch.input_ids.sizes(), " differ in shape");
   if (batch.input_ids.numel() == 0) bad("it holds no token");
-  const auto tp = model.parallel().tp.size();
-  if (model.config().sequence_parallel && batch.input_ids.size(1) % tp != 0) {
-    bad("with sequence_parallel its ", batch.input_ids.size(1), " positions must divide by tensor_model_parallel_size ",
-        tp, "; pad it");
-  }
   if (batch.packed && batch.input_ids.size(0) != 1)
     bad("a packed micro-batch is one row, input_ids has ", batch.input_ids.size(0));
+  check_context_share(batch, model.config(), model.parallel(), "train_step: micro-batch " + std::to_string(index));
   const auto vocabulary = model.config().padded_vocab_size;
   if (batch.input_ids.is_cpu()) {
     const auto low = batch.input_ids.min().item<int64_t>(), high = batch.input_ids.max().item<int64_t>();
@@ -51,6 +48,23 @@ void check_batch(const ForwardInput& batch, size_t index, const GPTModel& model)
   }
   if (batch.labels.is_cpu() && batch.labels.max().item<int64_t>() >= vocabulary)
     bad("labels holds ", batch.labels.max().item<int64_t>(), ", the vocabulary has ", vocabulary, " tokens");
+}
+
+/// Context-parallel ranks cut the same micro-batches; one that was given other ones would train on a mixture.
+void check_same_batches(const std::vector<ForwardInput>& batches, const Group& cp) {
+  if (cp.size() == 1) return;
+  int64_t sum = static_cast<int64_t>(batches.size());
+  for (const auto& batch : batches) {
+    for (const auto& tensor : {batch.input_ids, batch.labels}) {
+      const auto place = at::arange(1, tensor.numel() + 1, at::TensorOptions(tensor.device()).dtype(at::kLong));
+      sum = sum * 31 + (tensor.flatten() * place).sum().item<int64_t>();
+    }
+  }
+  auto both = at::tensor({sum, -sum}, at::kLong);
+  cp.all_reduce_max(both);
+  MCB_CHECK(both[0].item<int64_t>() == -both[1].item<int64_t>(),
+            "train_step: the context-parallel ranks were given different micro-batches; give each of them the same, "
+            "whole ones (the engine takes each rank's part)");
 }
 
 BatchCounts count(const std::vector<ForwardInput>& batches, const GPTModel& model) {
@@ -66,17 +80,18 @@ BatchCounts count(const std::vector<ForwardInput>& batches, const GPTModel& mode
     }
     counts.micro_batches = static_cast<int64_t>(batches.size());
   });
+  together(parallel.world, [&] { check_same_batches(batches, parallel.cp); });
   counts.all_micro_batches = counts.micro_batches;
-  if (parallel.dp_cp.size() > 1) {
+  if (parallel.dp.size() > 1) {
     auto sums = at::tensor({counts.tokens, counts.loss_tokens, counts.micro_batches}, at::kLong);
-    parallel.dp_cp.all_reduce(sums);
+    parallel.dp.all_reduce(sums);
     counts.tokens = sums[0].item<int64_t>();
     counts.loss_tokens = sums[1].item<int64_t>();
     counts.all_micro_batches = sums[2].item<int64_t>();
     together(parallel.world, [&] {
-      MCB_CHECK(counts.micro_batches * parallel.dp_cp.size() == counts.all_micro_batches,
+      MCB_CHECK(counts.micro_batches * parallel.dp.size() == counts.all_micro_batches,
                 "train_step: this data-parallel rank has ", counts.micro_batches, " micro-batches, all ",
-                parallel.dp_cp.size(), " together ", counts.all_micro_batches, "; every rank needs equally many");
+                parallel.dp.size(), " together ", counts.all_micro_batches, "; every rank needs equally many");
     });
   }
   MCB_CHECK(counts.loss_tokens > 0, "train_step: no token of the global batch carries loss (all labels are -100)");
@@ -102,9 +117,10 @@ ForwardInput moved(ForwardInput batch, c10::Device device) {
   return batch;
 }
 
-std::vector<ForwardInput> moved(const std::vector<ForwardInput>& batches, c10::Device device) {
+/// This rank's parts, on its device.
+std::vector<ForwardInput> shares(const std::vector<ForwardInput>& batches, const GPTModel& model) {
   std::vector<ForwardInput> result;
-  for (const auto& batch : batches) result.push_back(moved(batch, device));
+  for (const auto& batch : batches) result.push_back(moved(context_share(batch, model.parallel()), model.device()));
   return result;
 }
 
@@ -223,7 +239,7 @@ std::map<std::string, int64_t> Trainer::memory() const {
 StepResult Trainer::train_step(const std::vector<ForwardInput>& micro_batches) {
   auto& s = *state_;
   const auto counts = count(micro_batches, s.model());
-  const auto batches = moved(micro_batches, s.model().device());
+  const auto batches = shares(micro_batches, s.model());
   const double loss_scale = s.optimizer.scaler().scale();
   auto weights = loss_weights(counts, s.options.calculate_per_token_loss);
   for (auto& weight : weights) weight *= loss_scale;
@@ -313,8 +329,8 @@ double Trainer::evaluate(const std::vector<ForwardInput>& micro_batches) {
   auto& s = *state_;
   const auto counts = count(micro_batches, s.model());
   for (auto& chunk : s.chunks) chunk->train(false);
-  const auto loss = s.executor.evaluate(moved(micro_batches, s.model().device()),
-                                        loss_weights(counts, s.options.calculate_per_token_loss));
+  const auto loss =
+      s.executor.evaluate(shares(micro_batches, s.model()), loss_weights(counts, s.options.calculate_per_token_loss));
   for (auto& chunk : s.chunks) chunk->train(true);
   return s.totals(loss, {})[0].item<double>();
 }

@@ -159,6 +159,7 @@ def test_full_training_is_the_same_on_every_layout(work):
         ("one", 1, []),
         ("dp2", 2, []),
         ("pp2", 2, ["--pipeline_model_parallel_size", 2]),
+        ("cp2", 2, ["--context_parallel_size", 2, "--cp_comm_type", "all_gather"]),
     ]:
         out = work / f"full-{name}"
         succeeds(
@@ -179,6 +180,9 @@ def test_full_training_is_the_same_on_every_layout(work):
         assert (out / "checkpoint-6/config.json").exists() and (out / "checkpoint-6/tokenizer.json").exists()
     assert losses["one"] == pytest.approx(losses["dp2"], abs=1e-5)
     assert losses["one"] == pytest.approx(losses["pp2"], abs=1e-5)
+    assert losses["one"] == pytest.approx(losses["cp2"], abs=1e-5)
+    flags = ["--context_parallel_size", 2, "--cp_comm_type", "a2a", "--text", "w1 w2 w3", "--torch_dtype", "float32"]
+    assert "ok" in succeeds("verify", "--model", work / "full-cp2/checkpoint-6", *flags, processes=2)
 
 
 def test_evaluation_covers_every_sample_once(work):

@@ -19,16 +19,25 @@ LAYOUT_ARGUMENTS = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
     "vpp": "virtual_pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
 }
 
 
 def micro_batch(index, packed):
-    if not packed:
+    """A micro-batch of this index. packed: documents in one row; "padded": each a multiple of 8, with padding behind it, every
+    fourth micro-batch with loss in one document only; "unequal": rows of which some have one token with loss, or none."""
+    if packed in (False, "unequal"):
         ids, labels = tiny.rows(2, 16, seed=100 + index)
-        if index % 2:  # unequal numbers of loss tokens
+        if packed == "unequal":  # one token with loss, none, all, the last of a row
+            keep = torch.zeros_like(labels, dtype=torch.bool)
+            keep[0, 5], keep[1, -1] = index % 4 == 0, index % 4 == 3
+            labels = labels.clamp(min=3).masked_fill(~keep, -100) if index % 4 != 2 else labels.clamp(min=3)
+        elif index % 2:  # unequal numbers of loss tokens
             labels[:, :9] = -100
         return dict(input_ids=ids, labels=labels)
     lengths = [5 + index % 3, 12 - index % 3, 7]
+    if packed == "padded":
+        return padded_documents(index, lengths)
     ids, labels = tiny.rows(1, sum(lengths), seed=200 + index)
     ends = torch.tensor([0, *lengths]).cumsum(0)
     for end in ends[1:].tolist():
@@ -48,10 +57,65 @@ def peak_bytes(work):
     return peak
 
 
+def padded_documents(index, lengths):
+    tokens, labels, ends = [], [], [0]
+    for number, length in enumerate(lengths):
+        whole = length + -length % 8
+        ids, targets = tiny.rows(1, whole, seed=300 + 10 * index + number)
+        targets[:, length - 1 :] = -100
+        if index % 4 == 1 and number != 1:
+            targets[:] = -100
+        tokens.append(ids)
+        labels.append(targets)
+        ends.append(ends[-1] + whole)
+    packing = mb.PackedSeqParams(cu_seqlens=torch.tensor(ends, dtype=torch.int32))
+    return dict(input_ids=torch.cat(tokens, 1), labels=torch.cat(labels, 1), packed_seq_params=packing)
+
+
+def held_alike(models, state):
+    """Whether tensor-parallel ranks still hold the same values of every parameter that is not split."""
+    if state.tp_size == 1:
+        return True
+    group = state.groups["tp"][0]
+    alike = True
+    for model in models:
+        split = model.engine.tp_split()
+        for name, parameter in model.named_parameters():
+            if not split[name]:
+                copies = [torch.empty_like(parameter) for _ in range(state.tp_size)]
+                dist.all_gather(copies, parameter.detach(), group=group)
+                alike = alike and all(torch.equal(copy, copies[0]) for copy in copies)
+    return alike
+
+
+def direct_forward(models, batch, state):
+    """Losses (of all ranks together) and gradients through model(...) itself, from inputs split by hand."""
+    (model,) = models
+    packing = batch["packed_seq_params"]
+
+    def split(tensor):
+        return mb.split_cp_inputs(tensor, packing.cu_seqlens, 1)
+
+    positions = torch.cat([torch.arange(length) for length in packing.cu_seqlens.diff().tolist()])[None]
+    losses = []
+    for given in (split(positions), None):
+        losses.append(
+            model(split(batch["input_ids"]), position_ids=given, labels=split(batch["labels"]), packed_seq_params=packing)
+        )
+    assert torch.equal(losses[0], losses[1]), "default positions are those of the whole row"
+    losses[0].sum().backward()
+    mb.finish_gradients(models)
+    total = losses[0].detach().sum()
+    if state.cp_size > 1:
+        dist.all_reduce(total)
+    return dict(loss=total, gradients={name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+
+
 def run(case, folder):
     layout = case.get("layout", {})
     mb.initialize_model_parallel(**{LAYOUT_ARGUMENTS[key]: value for key, value in layout.items() if key in LAYOUT_ARGUMENTS})
     state = mb.get_parallel_state()
+    mb.set_random_seed(1234)
     sizes = {argument: layout[key] for key, argument in LAYOUT_ARGUMENTS.items() if key in layout}
     config = mb.ModelConfig(
         **mb.hf_to_mcore_config(folder),
@@ -70,6 +134,10 @@ def run(case, folder):
         mb.add_lora(models, mb.LoraOptions(**lora))
     if "seed" in case:
         mb.set_random_seed(case["seed"])
+    if case.get("direct"):
+        result = direct_forward(models, micro_batch(0, case["packed"]), state)
+        mb.destroy_model_parallel()
+        return dict(direct=result)
     trainer = mb.Trainer(
         models,
         **{
@@ -83,7 +151,8 @@ def run(case, folder):
     memory = trainer.memory
     total = case.get("micro_batches", 4)
     share = total // state.dp_size
-    losses, norms = [], []
+    losses, norms, loss_tokens = [], [], []
+    mb.reset_communication_volume()
     for step in range(case["steps"]):
         mine = range(state.dp_rank * share, (state.dp_rank + 1) * share)
         result = trainer.train_step(
@@ -91,6 +160,8 @@ def run(case, folder):
         )
         losses.append(result.loss)
         norms.append(result.grad_norm)
+        loss_tokens.append(result.loss_tokens)
+    volume = mb.communication_volume()
     peaks = []
     if "peak" in case:  # [rows, length, micro-batches]: memory of one step more, on every rank
         rows, length, count = case["peak"]
@@ -118,7 +189,10 @@ def run(case, folder):
         adapter=adapter,
         logits=logits,
         peaks=peaks,
+        volume=volume,
+        loss_tokens=loss_tokens,
         memory=memory,
+        alike=held_alike(models, state),
     )
 
 

@@ -171,6 +171,11 @@ def test_batches():
     assert flat["labels"].tolist() == [[2, 3, IGNORE, 5, IGNORE, IGNORE, IGNORE, IGNORE]], "shifted inside each document"
     assert flat["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
     assert flat["packed_seq_params"].cu_seqlens.tolist() == [0, 3, 5, 8]
+    chunks = flat_batch(samples, multiple=8, pad_token=9, document_multiple=4)
+    assert chunks["input_ids"].tolist() == [[1, 2, 3, 9, 4, 5, 9, 9]], "each document is padded behind its tokens"
+    assert chunks["labels"].tolist() == [[2, 3, IGNORE, IGNORE, 5, IGNORE, IGNORE, IGNORE]]
+    assert chunks["packed_seq_params"].cu_seqlens.tolist() == [0, 4, 8]
+    assert flat_batch(samples[:1], 8, 9, 4)["packed_seq_params"].cu_seqlens.tolist() == [0, 4, 8], "a document that fills up"
     padded = padded_batch(samples, multiple=4, pad_token=9)
     assert padded["input_ids"].tolist() == [[1, 2, 3, 9], [4, 5, 9, 9]]
     assert padded["labels"].tolist() == [[2, 3, IGNORE, IGNORE], [5, IGNORE, IGNORE, IGNORE]]

@@ -38,6 +38,9 @@ class ModelArguments:
     tensor_model_parallel_size: int = flag(1, "processes a matrix is split over", "Parallelism")
     pipeline_model_parallel_size: int = flag(1, "processes the layers are split over")
     context_parallel_size: int = flag(1, "processes a sequence is split over")
+    cp_comm_type: Literal["p2p", "all_gather", "a2a"] = flag(
+        "p2p", "how keys and values reach the processes of a sequence: around a ring, all to all, or heads are split instead"
+    )
     expert_model_parallel_size: int = flag(1, "processes the experts are split over")
     virtual_pipeline_model_parallel_size: Optional[int] = flag(None, "chunks of layers per pipeline process (interleaved)")
     num_layers_per_virtual_pipeline_stage: Optional[int] = flag(None, "instead: layers of one chunk")
@@ -49,6 +52,7 @@ class ModelArguments:
         "1f1b", "order of work; 1f1b with virtual stages is interleaved; zb-h1 fills the bubble with weight gradients"
     )
     sequence_parallel: bool = flag(False, "split activations along the sequence over the tensor-parallel processes")
+    tp_comm_overlap: bool = flag(False, "pipeline the gathers and reductions of sequence_parallel with the matrix products")
     decoder_first_pipeline_num_layers: Optional[int] = flag(None, "layers of the first stage when uneven")
     decoder_last_pipeline_num_layers: Optional[int] = flag(None, "layers of the last stage when uneven")
     account_for_embedding_in_pipeline_split: bool = flag(False, "count the embedding as a layer")
@@ -90,13 +94,18 @@ class TrainArguments(ModelArguments):
     train_iters: Optional[int] = flag(None, "optimizer steps; default: from num_train_epochs")
     num_train_epochs: Optional[float] = flag(None, "passes over the data (default 1 without train_iters)")
     seed: int = flag(42, "seed of adapters, random weights and dropout")
-    recompute_granularity: Literal["none", "full"] = flag(
-        "none", "full: keep only the layers' inputs and compute the rest again in backward (less memory, about a third more work)"
+    recompute_granularity: Literal["none", "selective", "full"] = flag(
+        "none",
+        "full: keep only the layers' inputs and compute the rest again in backward (less memory, about a third more work); "
+        "selective: only what recompute_modules names",
     )
+    recompute_modules: Strings = flag([], "for selective: core_attn (the default), mlp, layernorm")
     recompute_method: Optional[Literal["uniform", "block"]] = flag(
         None, "every recompute_num_layers layers together, or only the first ones"
     )
     recompute_num_layers: Optional[int] = flag(None, "layers of a unit (uniform) or recomputed per stage (block)")
+    cpu_offloading: bool = flag(False, "keep activations of some layers in host memory until backward")
+    cpu_offloading_num_layers: int = flag(0, "the first so many layers of a stage")
     deterministic_mode: bool = flag(False, "the same bits in every run on GPUs too, at some speed")
     calculate_per_token_loss: bool = flag(True, "every token of the global batch counts alike (false: every micro-batch)")
 

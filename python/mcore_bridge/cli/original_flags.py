@@ -9,7 +9,7 @@ NEUTRAL = {
     "mcore_adapter": [], "ref_model": [], "ref_adapters": [], "save_missing_weights": [False], "offload_bridge": [False],
     "language_model_only": [False], "linear_decoupled_in_proj": [False], "apply_wd_to_qk_layernorm": [False],
     # recomputation, fusions, memory
-    "recompute_modules": None, "manual_gc": None,
+    "manual_gc": None,
     "manual_gc_steps": None, "manual_gc_eval": None, "attention_backend": None, "masked_softmax_fusion": None, "bias_dropout_fusion": None,
     "bias_activation_fusion": None, "apply_rope_fusion": None, "gradient_accumulation_fusion": None, "cross_entropy_loss_fusion": None,
     "cross_entropy_fusion_impl": None,
@@ -30,7 +30,7 @@ NEUTRAL = {
     "test_convert_dtype": None, "device_map": None,
     # parallelism
     "expert_tensor_parallel_size": [1], "overlap_param_gather_with_optimizer_step": None, "align_param_gather": None, "align_grad_reduce": None,
-    "overlap_p2p_comm": None, "batch_p2p_comm": None, "tp_comm_overlap": None, "nccl_comm_warmup": None, "cp_comm_type": [],
+    "overlap_p2p_comm": None, "batch_p2p_comm": None, "nccl_comm_warmup": None,
     "cp_partition_mode": ["zigzag"], "sequence_packing_scheduler": [], "ddp_backend": None, "ddp_timeout": None,
     # logging
     "tensorboard_queue_size": None,

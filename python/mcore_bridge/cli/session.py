@@ -55,6 +55,8 @@ def build_config(arguments, folder, **more):
             **sizes,
             "params_dtype": arguments.torch_dtype or default_dtype(folder),
             "sequence_parallel": arguments.sequence_parallel,
+            "cp_comm_type": arguments.cp_comm_type,
+            "tp_comm_overlap": arguments.tp_comm_overlap,
             "num_layers_in_first_pipeline_stage": arguments.decoder_first_pipeline_num_layers,
             "num_layers_in_last_pipeline_stage": arguments.decoder_last_pipeline_num_layers,
             "account_for_embedding_in_pipeline_split": arguments.account_for_embedding_in_pipeline_split,
@@ -72,6 +74,13 @@ def build_config(arguments, folder, **more):
     # After the config: its errors are about the model, not the machine.
     mb.initialize_model_parallel(**sizes, distributed_timeout_minutes=timeout)
     return config
+
+
+def sequence_multiples(config, state):
+    """(what the length of a row must be a multiple of, and that of each document in it): context parallelism cuts documents into
+    2 * cp chunks, sequence parallelism a rank's part into tp."""
+    document = 2 * state.cp_size if state.cp_size > 1 else 1
+    return document * (state.tp_size if config.sequence_parallel else 1), document
 
 
 def load_adapter(models, config, folder):

@@ -41,7 +41,7 @@ def run(command, argv):
 
     import mcore_bridge as mb
 
-    from .session import build_config, load_adapter, resolve_model
+    from .session import build_config, load_adapter, resolve_model, sequence_multiples
 
     init_distributed()
     folder = resolve_model(arguments.model)
@@ -53,7 +53,7 @@ def run(command, argv):
     for model in models:
         model.eval()
     state = mb.get_parallel_state()
-    inputs = _inputs(arguments, folder, config.padded_vocab_size, state.tp_size if config.sequence_parallel else 1)
+    inputs = _inputs(arguments, folder, config.padded_vocab_size, sequence_multiples(config, state)[0])
     ours = [mb.forward_logits(models, row).float().cpu() for row in inputs]
     bad = False
     if state.rank == 0:

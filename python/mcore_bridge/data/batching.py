@@ -7,18 +7,20 @@ def _shifted(labels):
     return [*labels[1:], IGNORE]
 
 
-def flat_batch(samples, multiple=1, pad_token=0):
-    """One row of all samples, no padding between them: cu_seqlens keeps them apart, labels are shifted within each. A dummy
-    document without loss fills the row up to a multiple of `multiple` (sequence parallelism needs that)."""
+def flat_batch(samples, multiple=1, pad_token=0, document_multiple=1):
+    """One row of all samples: cu_seqlens keeps them apart, labels are shifted within each. Each is padded behind its tokens to
+    a multiple of `document_multiple` (2 * context_parallel_size; padding carries no loss, and causal attention never looks at
+    it). A dummy document without loss fills the row up to a multiple of `multiple` (sequence parallelism needs that)."""
     import torch
 
     from ..model import PackedSeqParams
 
     tokens, labels, positions, ends = [], [], [], [0]
     for sample in samples:
-        tokens += sample["input_ids"]
-        labels += _shifted(sample["labels"])
-        positions += range(len(sample["input_ids"]))
+        padding = -len(sample["input_ids"]) % document_multiple
+        tokens += [*sample["input_ids"], *[pad_token] * padding]
+        labels += [*_shifted(sample["labels"]), *[IGNORE] * padding]
+        positions += range(len(sample["input_ids"]) + padding)
         ends.append(len(tokens))
     if missing := -len(tokens) % multiple:
         tokens += [pad_token] * missing

@@ -64,12 +64,13 @@ def _shown(name):
 class Units:
     """Training units (a sample, or a packed row of samples) and how a micro-batch of them looks."""
 
-    def __init__(self, samples, arguments, max_length, multiple, pad_token):
-        self.samples, self.multiple, self.pad_token = samples, multiple, pad_token
+    def __init__(self, samples, arguments, max_length, multiple, pad_token, document_multiple=1):
+        self.samples, self.multiple, self.pad_token, self.document_multiple = samples, multiple, pad_token, document_multiple
         self.flat = arguments.packing or arguments.padding_free
         if arguments.packing:
             capacity = arguments.packing_length or max_length
-            self.rows = pack([len(sample["input_ids"]) for sample in samples], capacity)
+            lengths = [len(sample["input_ids"]) for sample in samples]
+            self.rows = pack([length + -length % document_multiple for length in lengths], capacity)
         else:
             self.rows = [[index] for index in range(len(samples))]
 
@@ -104,11 +105,12 @@ class Units:
 
     def build(self, samples):
         """The tensors of a micro-batch of samples."""
-        build = flat_batch if self.flat else padded_batch
-        return build(samples, self.multiple, self.pad_token)
+        if self.flat:
+            return flat_batch(samples, self.multiple, self.pad_token, self.document_multiple)
+        return padded_batch(samples, self.multiple, self.pad_token)
 
 
-def load_units(arguments, tokenizer, max_length, multiple):
+def load_units(arguments, tokenizer, max_length, multiple, document_multiple=1):
     """(training units, validation units or None)."""
     if not arguments.dataset:
         raise ValueError("--dataset is missing")
@@ -122,7 +124,7 @@ def load_units(arguments, tokenizer, max_length, multiple):
     if arguments.split_dataset_ratio and not held_out:
         count = max(1, int(len(rows) * arguments.split_dataset_ratio))
         rows, held_out = rows[:-count], rows[-count:]
-    build = unit_builder(arguments, tokenizer, template, max_length, multiple)
+    build = unit_builder(arguments, tokenizer, template, max_length, multiple, document_multiple)
     return build(rows), build(held_out) if held_out else None
 
 
@@ -145,7 +147,7 @@ def mixed_rows(arguments):
     return [row for rows in sources for row in rows]
 
 
-def unit_builder(arguments, tokenizer, template, max_length, multiple, encoders=None):
+def unit_builder(arguments, tokenizer, template, max_length, multiple, document_multiple=1, encoders=None):
     """f(named rows) -> Units. With `encoders` (a stream) rows that cannot be used may be all of them: then None."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     work = partial(_encode, template=template, arguments=arguments, max_length=max_length)
@@ -159,12 +161,12 @@ def unit_builder(arguments, tokenizer, template, max_length, multiple, encoders=
             if not arguments.strict and not any(sample for sample, _ in results):
                 return None
             samples = kept_samples(results, arguments.strict, names)
-        return Units(samples, arguments, max_length, multiple, pad)
+        return Units(samples, arguments, max_length, multiple, pad, document_multiple)
 
     return build
 
 
-def stream_units(arguments, tokenizer, max_length, multiple, encoders):
+def stream_units(arguments, tokenizer, max_length, multiple, document_multiple, encoders):
     """(stream, f(chunk) -> Units or None) of the training data."""
     from .stream import Stream
 
@@ -182,5 +184,5 @@ def stream_units(arguments, tokenizer, max_length, multiple, encoders):
         shares,
         arguments.stopping_strategy,
     )
-    build = unit_builder(arguments, tokenizer, template, max_length, multiple, encoders)
+    build = unit_builder(arguments, tokenizer, template, max_length, multiple, document_multiple, encoders)
     return stream, lambda rows: build([(row_name(source, index, row), row) for source, index, row in rows])

@@ -30,6 +30,10 @@ class Run:
             recompute_granularity=arguments.recompute_granularity,
             recompute_method=arguments.recompute_method,
             recompute_num_layers=arguments.recompute_num_layers,
+            recompute_modules=arguments.recompute_modules,
+            cpu_offloading=arguments.cpu_offloading,
+            cpu_offloading_num_layers=arguments.cpu_offloading_num_layers,
+            deterministic_mode=arguments.deterministic_mode,
         )
         self.parallel = mb.get_parallel_state()
         self.control = Control()

@@ -43,7 +43,6 @@ def build_models(arguments, config, folder, checkpoint):
         import torch
 
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
     mb.set_random_seed(arguments.seed)
     models = mb.get_mcore_model(config)
     lora = arguments.tuner_type == "lora"
@@ -79,10 +78,12 @@ class Data:
     def __init__(self, arguments, config, folder, parallel):
         from transformers import AutoTokenizer
 
+        from ..cli.session import sequence_multiples
+
         self.arguments, self.parallel = arguments, parallel
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self.max_length = arguments.max_length or min(config.max_position_embeddings or 8192, 8192)
-        multiple = parallel.tp_size if config.sequence_parallel else 1
+        multiples = sequence_multiples(config, parallel)
         if len(tokenizer) > config.padded_vocab_size:
             raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {config.padded_vocab_size}")
         self.units = self.held_out = self.encoders = None
@@ -92,12 +93,12 @@ class Data:
             if arguments.save_strategy == "epoch":
                 raise ValueError("--save_strategy epoch needs data in memory; with --streaming true use steps")
             self.encoders = Encoders(arguments.dataset_num_proc)
-            self.stream, self.make_units = stream_units(arguments, tokenizer, self.max_length, multiple, self.encoders)
+            self.stream, self.make_units = stream_units(arguments, tokenizer, self.max_length, *multiples, self.encoders)
             if arguments.val_dataset:
                 held_out = {**vars(arguments), "dataset": arguments.val_dataset, "val_dataset": [], "interleave_prob": []}
-                self.held_out, _ = load_units(type(arguments)(**held_out), tokenizer, self.max_length, multiple)
+                self.held_out, _ = load_units(type(arguments)(**held_out), tokenizer, self.max_length, *multiples)
         else:
-            self.units, self.held_out = load_units(arguments, tokenizer, self.max_length, multiple)
+            self.units, self.held_out = load_units(arguments, tokenizer, self.max_length, *multiples)
         self.sampler = self._sampler(self.units, arguments.train_dataloader_shuffle)
         self.eval_sampler = self._sampler(self.held_out, False, once=True) if self.held_out and arguments.eval_iters else None
         self.train_iters = arguments.train_iters or self.sampler.steps(arguments.num_train_epochs)

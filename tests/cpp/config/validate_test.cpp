@@ -47,6 +47,7 @@ Json another_value(const std::string& name, const std::string& type, const Json&
   if (type == "float" || type == "float?") return 0.25;
   if (type == "str" || type == "str?") return "word";
   if (type == "list[int]") return Json::array({5, 0});
+  if (type == "list[str]") return Json::array({"mlp", "core_attn"});
   if (type == "pattern") return Json::array({1, 0, 1});
   if (type == "dict?") return Json{{"rope_type", "linear"}, {"factor", 2}};
   if (type == "layout") return "Et|ttL";
@@ -119,8 +120,6 @@ TEST(Validate, FeaturesOfLaterVersions) {
   for (const Json& change : std::vector<Json>{{{"num_moe_experts", 8}},
                                               {{"multi_latent_attention", true}},
                                               {{"mtp_num_layers", 1}},
-                                              {{"cp_comm_type", "a2a"}},
-                                              {{"recompute_granularity", "selective"}},
                                               {{"moe_shared_expert_gate", true}},
                                               {{"softmax_type", "learnable"}},
                                               {{"normalization", "LayerNorm"}},
@@ -130,6 +129,38 @@ TEST(Validate, FeaturesOfLaterVersions) {
   EXPECT_IN(error_of({{"expert_model_parallel_size", 2}}), "mixture-of-experts");
   EXPECT_IN(error_of({{"expert_tensor_parallel_size", 7}}), "mixture-of-experts");
   EXPECT_EQ(error_of({{"expert_tensor_parallel_size", 1}, {"tensor_model_parallel_size", 2}}), "no error");
+}
+
+TEST(Validate, ContextParallel) {
+  for (const char* type : {"p2p", "all_gather", "a2a"})
+    EXPECT_EQ(error_of({{"context_parallel_size", 4}, {"cp_comm_type", type}}), "no error");
+  EXPECT_IN(error_of({{"cp_comm_type", "a2a+p2p"}}), "not supported by this version");
+  EXPECT_IN(error_of({{"cp_comm_type", "ring"}}), "p2p, all_gather, a2a");
+  // 12 query and 4 key/value heads, 2 of the latter on each of 2 tensor ranks.
+  const auto text = error_of({{"context_parallel_size", 3}, {"cp_comm_type", "a2a"}});
+  EXPECT_IN(text, "use 1, 2, 4, or");
+  EXPECT_IN(error_of({{"context_parallel_size", 4}, {"cp_comm_type", "a2a"}, {"tensor_model_parallel_size", 2}}),
+            "use 1, 2, or");
+  EXPECT_EQ(error_of({{"context_parallel_size", 3}}), "no error");
+  EXPECT_IN(error_of({{"context_parallel_size", 2}, {"attention_dropout", 0.1}}), "a2a");
+  EXPECT_EQ(error_of({{"context_parallel_size", 2}, {"attention_dropout", 0.1}, {"cp_comm_type", "a2a"}}), "no error");
+}
+
+TEST(Validate, WhatIsKeptForBackward) {
+  EXPECT_EQ(error_of({{"recompute_granularity", "selective"}}), "no error");
+  EXPECT_TRUE(make({{"recompute_granularity", "selective"}}).recomputes("core_attn"));
+  EXPECT_FALSE(make({{"recompute_granularity", "full"}}).recomputes("core_attn"));
+  const auto config = make({{"recompute_granularity", "selective"}, {"recompute_modules", {"mlp", "layernorm"}}});
+  EXPECT_TRUE(config.recomputes("mlp") && !config.recomputes("core_attn"));
+  EXPECT_IN(error_of({{"recompute_modules", {"moe_act"}}}), "mixture-of-experts");
+  EXPECT_IN(error_of({{"recompute_modules", {"mpl"}}}), "core_attn, mlp, layernorm");
+  EXPECT_IN(error_of({{"recompute_granularity", "half"}}), "full, selective, none");
+  EXPECT_IN(error_of({{"cpu_offloading", true}}), "cpu_offloading_num_layers");
+  EXPECT_IN(error_of({{"cpu_offloading", true}, {"cpu_offloading_num_layers", 1}, {"recompute_granularity", "full"}}),
+            "use one of them");
+  EXPECT_IN(error_of({{"tp_comm_overlap", true}, {"tensor_model_parallel_size", 2}}), "sequence_parallel");
+  EXPECT_EQ(error_of({{"tp_comm_overlap", true}, {"tensor_model_parallel_size", 2}, {"sequence_parallel", true}}),
+            "no error");
 }
 
 TEST(Validate, MegatronsDefaultsAreAccepted) {

@@ -1,14 +1,13 @@
-// Self-attention with grouped key/value heads over libtorch's fused kernels.
+// Causal attention of whole sequences over libtorch's fused kernels.
 //
 // Shapes: s sequence, b batch, t packed tokens (b == 1), n heads, d head width.
 #pragma once
 
-#include <memory>
+#include <ATen/core/Tensor.h>
+
 #include <optional>
 
-#include "layers/linear.h"
-#include "layers/module.h"
-#include "layers/norm.h"
+#include "layers/attention/context_plan.h"
 #include "layers/rope.h"
 #include "mcore_bridge/model.h"
 
@@ -20,6 +19,7 @@ struct AttentionInput {
   std::optional<PackedSeqParams> packed;
   /// bool [b, 1, s, s], true = attend; undefined when causality alone decides. Index 1: with the sliding window.
   at::Tensor allowed, allowed_in_window;
+  ContextPlanPtr context;  ///< null without context parallelism
 };
 
 /// Window of keys to the left (tokens besides the own one); -1: unbounded.
@@ -33,22 +33,12 @@ at::Tensor core_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
                           const std::optional<PackedSeqParams>& packed, const CoreAttentionOptions& options,
                           bool training);
 
+/// The same for this rank's part of the sequence, collective over the context-parallel ranks. `window`: the layer has
+/// the sliding window of options.window_left.
+at::Tensor context_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionInput& input,
+                             bool window, const CoreAttentionOptions& options, bool training);
+
 /// The mask of a causal (window_left >= 0: windowed) attention as bool [s, s].
 at::Tensor causal_mask(int64_t length, int64_t window_left, c10::Device device);
-
-class SelfAttention : public Module {
- public:
-  SelfAttention(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions tensor_options, int64_t layer);
-  std::string kind() const override { return "SelfAttention"; }
-  std::vector<Child> children() const override;
-  at::Tensor forward(const at::Tensor& x_sbh, const AttentionInput& input);
-
- private:
-  HeadLayout local_;  ///< this rank's heads
-  bool rope_, interleaved_, window_;
-  CoreAttentionOptions core_;
-  std::unique_ptr<ParallelLinear> qkv_, proj_;
-  std::unique_ptr<Norm> q_norm_, k_norm_;
-};
 
 }  // namespace mcore_bridge

@@ -1,9 +1,10 @@
-#include "layers/attention.h"
+#include "layers/attention/core_attention.h"
 
 #include <ATen/ATen.h>
 
-#include <algorithm>
-
+#include "layers/attention/all_gather.h"
+#include "layers/attention/all_to_all.h"
+#include "layers/attention/ring.h"
 #include "mcore_bridge/error.h"
 
 namespace mcore_bridge {
@@ -76,70 +77,35 @@ at::Tensor core_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
   return dense_attention(q, k, v, allowed, dropout);
 }
 
-SelfAttention::SelfAttention(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions tensor_options,
-                             int64_t layer) {
-  const auto tp = parallel->tp.size();
-  const HeadLayout heads{config.num_attention_heads, config.query_groups(), config.head_dim()};
-  local_ = {heads.heads / tp, std::max<int64_t>(1, heads.groups / tp), heads.head_dim};
-  rope_ = config.has_rope(layer);
-  interleaved_ = config.rotary_interleaved;
-  window_ = config.has_window(layer);
-  core_ = {.window_left = window_ ? config.window_size.at(0) : -1, .dropout = config.attention_dropout};
-  const auto width = heads.heads * heads.head_dim;
-  qkv_ = std::make_unique<ParallelLinear>(LinearOptions{.in = config.hidden_size,
-                                                        .out = width + 2 * heads.groups * heads.head_dim,
-                                                        .shard = Shard::kColumn,
-                                                        .fuse = Fuse::kQkv,
-                                                        .heads = heads,
-                                                        .bias = config.add_qkv_bias,
-                                                        .norm = true,
-                                                        .norm_epsilon = config.layernorm_epsilon,
-                                                        .norm_zero_centered = config.layernorm_zero_centered_gamma,
-                                                        .sequence_parallel = config.sequence_parallel},
-                                          parallel, tensor_options);
-  proj_ = std::make_unique<ParallelLinear>(LinearOptions{.in = width,
-                                                         .out = config.hidden_size,
-                                                         .shard = Shard::kRow,
-                                                         .bias = config.add_attention_proj_bias,
-                                                         .sequence_parallel = config.sequence_parallel},
-                                           parallel, tensor_options);
-  if (config.qk_layernorm) {
-    const NormOptions norm{.size = heads.head_dim,
-                           .epsilon = config.layernorm_epsilon,
-                           .zero_centered = config.layernorm_zero_centered_gamma,
-                           .sum_over_tp = tp > 1};  // each rank sees its own heads only
-    q_norm_ = std::make_unique<Norm>(norm, tensor_options);
-    k_norm_ = std::make_unique<Norm>(norm, tensor_options);
-  }
+namespace {
+
+/// Attention of this rank's heads over whole sequences.
+at::Tensor attention_by_heads(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                              const AttentionInput& input, const CoreAttentionOptions& options, bool training) {
+  const auto& plan = input.context;
+  const auto cp = plan->group.size();
+  // One exchange for all three: each rank's heads of q, k and v side by side.
+  auto blocks = [&](const at::Tensor& x) { return x.unflatten(2, {cp, x.size(2) / cp}); };
+  const auto heads = sequence_to_heads(at::cat({blocks(q), blocks(k), blocks(v)}, 3).flatten(2, 3), plan);
+  const auto queries = q.size(2) / cp, keys = k.size(2) / cp;
+  const auto out = core_attention(heads.narrow(2, 0, queries), heads.narrow(2, queries, keys),
+                                  heads.narrow(2, queries + keys, keys), {}, input.packed, options, training);
+  return heads_to_sequence(out.unflatten(-1, {queries, q.size(3)}), plan);
 }
 
-std::vector<Module::Child> SelfAttention::children() const {
-  std::vector<Child> result{{"linear_qkv", qkv_.get()}};
-  if (q_norm_) {
-    result.push_back({"q_layernorm", q_norm_.get()});
-    result.push_back({"k_layernorm", k_norm_.get()});
-  }
-  result.push_back({"linear_proj", proj_.get()});
-  return result;
-}
+}  // namespace
 
-at::Tensor SelfAttention::forward(const at::Tensor& x_sbh, const AttentionInput& input) {
-  const auto mixed = qkv_->forward(x_sbh);  // [s, b, groups * (heads per group + 2) * d]
-  const auto s = mixed.size(0), b = mixed.size(1), d = local_.head_dim, per_group = local_.heads / local_.groups;
-  const auto grouped = mixed.view({s, b, local_.groups, (per_group + 2) * d});
-  auto q = grouped.narrow(-1, 0, per_group * d).reshape({s, b, local_.heads, d});
-  auto k = grouped.narrow(-1, per_group * d, d);
-  const auto v = grouped.narrow(-1, (per_group + 1) * d, d);
-  if (q_norm_) {
-    q = q_norm_->forward(q);
-    k = k_norm_->forward(k);
+at::Tensor context_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionInput& input,
+                             bool window, const CoreAttentionOptions& options, bool training) {
+  switch (input.context->transport) {
+    case Transport::kRing:
+      return ring_attention(q, k, v, input.context, window).flatten(-2);
+    case Transport::kAllGather:
+      return all_gather_attention(q, k, v, input.context, window).flatten(-2);
+    case Transport::kAllToAll:
+      return attention_by_heads(q, k, v, input, options, training).flatten(-2);
   }
-  if (rope_) {
-    q = apply_rope(q, input.rope, interleaved_);
-    k = apply_rope(k, input.rope, interleaved_);
-  }
-  return proj_->forward(
-      core_attention(q, k, v, window_ ? input.allowed_in_window : input.allowed, input.packed, core_, training()));
+  return {};
 }
 
 }  // namespace mcore_bridge

@@ -1,0 +1,101 @@
+#include "layers/attention/self_attention.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+#include "layers/offload.h"
+#include "layers/recompute.h"
+#include "parallel/random.h"
+
+namespace mcore_bridge {
+
+SelfAttention::SelfAttention(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions tensor_options,
+                             int64_t layer) {
+  const auto tp = parallel->tp.size();
+  parallel_ = parallel;
+  recompute_core_ = config.recomputes("core_attn");
+  const HeadLayout heads{config.num_attention_heads, config.query_groups(), config.head_dim()};
+  local_ = {heads.heads / tp, std::max<int64_t>(1, heads.groups / tp), heads.head_dim};
+  rope_ = config.has_rope(layer);
+  interleaved_ = config.rotary_interleaved;
+  window_ = config.has_window(layer);
+  core_ = {.window_left = window_ ? config.window_size.at(0) : -1, .dropout = config.attention_dropout};
+  const auto width = heads.heads * heads.head_dim;
+  qkv_ = std::make_unique<ParallelLinear>(LinearOptions{.in = config.hidden_size,
+                                                        .out = width + 2 * heads.groups * heads.head_dim,
+                                                        .shard = Shard::kColumn,
+                                                        .fuse = Fuse::kQkv,
+                                                        .heads = heads,
+                                                        .bias = config.add_qkv_bias,
+                                                        .norm = true,
+                                                        .norm_epsilon = config.layernorm_epsilon,
+                                                        .norm_zero_centered = config.layernorm_zero_centered_gamma,
+                                                        .sequence_parallel = config.sequence_parallel,
+                                                        .overlap = config.tp_comm_overlap},
+                                          parallel, tensor_options);
+  proj_ = std::make_unique<ParallelLinear>(LinearOptions{.in = width,
+                                                         .out = config.hidden_size,
+                                                         .shard = Shard::kRow,
+                                                         .bias = config.add_attention_proj_bias,
+                                                         .sequence_parallel = config.sequence_parallel,
+                                                         .overlap = config.tp_comm_overlap},
+                                           parallel, tensor_options);
+  if (config.qk_layernorm) {
+    const NormOptions norm{.size = heads.head_dim,
+                           .epsilon = config.layernorm_epsilon,
+                           .zero_centered = config.layernorm_zero_centered_gamma,
+                           .sum_over_tp = tp > 1};  // each rank sees its own heads only
+    q_norm_ = std::make_unique<Norm>(norm, tensor_options);
+    k_norm_ = std::make_unique<Norm>(norm, tensor_options);
+  }
+}
+
+std::vector<Module::Child> SelfAttention::children() const {
+  std::vector<Child> result{{"linear_qkv", qkv_.get()}};
+  if (q_norm_) {
+    result.push_back({"q_layernorm", q_norm_.get()});
+    result.push_back({"k_layernorm", k_norm_.get()});
+  }
+  result.push_back({"linear_proj", proj_.get()});
+  return result;
+}
+
+at::Tensor SelfAttention::core(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                               const AttentionInput& input) const {
+  if (input.context) return context_attention(q, k, v, input, window_, core_, training());
+  return core_attention(q, k, v, window_ ? input.allowed_in_window : input.allowed, input.packed, core_, training());
+}
+
+at::Tensor SelfAttention::attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                 const AttentionInput& input) const {
+  if (core_.dropout == 0 || !training()) return core(q, k, v, input);
+  const RandomScope scope(RandomStream::kSplit, *parallel_, q.device());  // heads of this rank's own
+  // Without dropout, and on a GPU, kernels keep no scores: there is nothing to recompute for.
+  if (!recompute_core_ || !q.is_cpu() || !at::GradMode::is_enabled() || !q.requires_grad()) return core(q, k, v, input);
+  auto again = [this, input](const std::vector<at::Tensor>& qkv) {
+    return std::vector<at::Tensor>{core(qkv[0], qkv[1], qkv[2], input)};
+  };
+  return recompute(again, std::vector<at::Tensor>{q, k, v})[0];
+}
+
+at::Tensor SelfAttention::forward(const at::Tensor& x_sbh, const AttentionInput& input) {
+  const auto mixed = qkv_->forward(x_sbh);  // [s, b, groups * (heads per group + 2) * d]
+  const auto s = mixed.size(0), b = mixed.size(1), d = local_.head_dim, per_group = local_.heads / local_.groups;
+  const auto grouped = mixed.view({s, b, local_.groups, (per_group + 2) * d});
+  auto q = grouped.narrow(-1, 0, per_group * d).reshape({s, b, local_.heads, d});
+  auto k = grouped.narrow(-1, per_group * d, d);
+  const auto v = grouped.narrow(-1, (per_group + 1) * d, d);
+  if (q_norm_) {
+    q = q_norm_->forward(q);
+    k = k_norm_->forward(k);
+  }
+  if (rope_) {
+    q = apply_rope(q, input.rope, interleaved_);
+    k = apply_rope(k, input.rope, interleaved_);
+  }
+  for (const auto& kept : {mixed, q, k}) ActivationOffload::keep(kept);
+  return proj_->forward(attend(q, k, v, input));
+}
+
+}  // namespace mcore_bridge

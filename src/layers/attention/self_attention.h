@@ -1,0 +1,33 @@
+// Self-attention with grouped key/value heads.
+#pragma once
+
+#include <memory>
+
+#include "layers/attention/core_attention.h"
+#include "layers/linear.h"
+#include "layers/module.h"
+#include "layers/norm.h"
+
+namespace mcore_bridge {
+
+class SelfAttention : public Module {
+ public:
+  SelfAttention(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions tensor_options, int64_t layer);
+  std::string kind() const override { return "SelfAttention"; }
+  std::vector<Child> children() const override;
+  at::Tensor forward(const at::Tensor& x_sbh, const AttentionInput& input);
+
+ private:
+  at::Tensor core(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionInput& input) const;
+  /// core with this rank's random numbers, and again in backward when asked to.
+  at::Tensor attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionInput& input) const;
+
+  ParallelStatePtr parallel_;
+  HeadLayout local_;  ///< this rank's heads
+  bool rope_, interleaved_, window_, recompute_core_;
+  CoreAttentionOptions core_;
+  std::unique_ptr<ParallelLinear> qkv_, proj_;
+  std::unique_ptr<Norm> q_norm_, k_norm_;
+};
+
+}  // namespace mcore_bridge
