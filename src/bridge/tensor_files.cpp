@@ -1,6 +1,7 @@
 #include "bridge/tensor_files.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include <mutex>
 
