@@ -1,6 +1,7 @@
 #include "layers/transformer_layer.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include "layers/recompute.h"
 #include "parallel/random.h"

@@ -1,6 +1,7 @@
 #include "layers/attention/self_attention.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include <algorithm>
 
