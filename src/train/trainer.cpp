@@ -313,7 +313,7 @@ std::vector<std::string> Trainer::diagnose(const std::vector<ForwardInput>& micr
   };
   tell(parameters, "parameters");
   tell(gradients, "gradients");
-  const auto batches = moved(micro_batches, s.model().device());
+  const auto batches = shares(micro_batches, s.model());
   for (size_t i = 0; i < batches.size(); ++i) {
     const FiniteCheck check;
     s.executor.evaluate({batches[i]}, {1.0});
