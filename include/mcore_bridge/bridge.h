@@ -4,7 +4,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <functional>
+#include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -14,16 +16,36 @@
 namespace mcore_bridge {
 
 struct LoadReport {
-  int64_t bytes_read = 0;                        ///< bytes of the file slices this rank copied
+  int64_t bytes_read = 0;                        ///< bytes of data this rank read from the files, as counted there
   int64_t bytes_needed = 0;                      ///< bytes of this rank's slices by the plan; equal to bytes_read
   std::vector<std::string> missing, unexpected;  ///< Hugging Face names (only with strict = false)
 };
 
+class CheckpointReader;
+
+/// What a converter makes of a checkpoint: names in the files -> names of the model (none: dropped), and tensors whose
+/// values it changes. A changed tensor is made when it is needed, once, whole, by any thread, and freed after use.
+struct Conversion {
+  std::map<std::string, std::optional<std::string>> names;
+  struct Changed {
+    std::vector<int64_t> shape;
+    c10::ScalarType dtype;
+    std::function<at::Tensor()> value;
+  };
+  std::map<std::string, Changed> changed;  ///< by the model's name; their names in the files are dropped in `names`
+};
+
+/// Called on this thread about every 100 ms and at the end. An exception stops the work and leaves through it.
+using Progress = std::function<void(int64_t done_bytes, int64_t total_bytes)>;
+
 struct LoadOptions {
   bool peft_format = false;  ///< adapter_model.safetensors with PEFT names
   std::string adapter_name = "default";
-  bool strict = true;  ///< missing or mis-shaped tensors are one KeyError that lists them all; tensors the model has no
-                       ///< use for are reported
+  /// Missing tensors, and unexpected ones that belong to a layer the model has (a bias it would leave out), are errors.
+  /// Tensors that do not fit always are. One error lists all. Unexpected tensors of other modules are only reported.
+  bool strict = true;
+  std::function<Conversion(const CheckpointReader&)> convert = {};
+  Progress progress = {};
 };
 
 struct SaveOptions {
@@ -38,7 +60,9 @@ struct SaveOptions {
 /// All chunks of this rank (one per virtual stage), in order.
 using Chunks = std::vector<std::shared_ptr<GPTModel>>;
 
-/// Reads this rank's slices only; no communication but the final "did everybody succeed".
+/// Reads this rank's slices only, each byte once, with io_threads() threads (MCB_IO_THREADS) straight into the
+/// parameters; host memory beyond them is a few MiB per thread whatever the model's size. No communication but the final
+/// "did everybody succeed".
 LoadReport load_weights(const Chunks& chunks, const std::string& folder, const LoadOptions& options = {});
 
 /// Collective: every rank calls it, each writes its own part of the same files. `folder` appears whole or stays as it

@@ -4,8 +4,10 @@ import json
 import os
 import re
 
+from .converter import conversion
 from .engine import _core
 from .model import engines
+from .progress import Progress
 from .utils import get_logger, is_master
 
 _UNITS = {
@@ -38,18 +40,35 @@ class GPTBridge:
     def __init__(self, config):
         self.config = config
 
-    def load_weights(self, mg_models, hf_model_dir, peft_format=False, adapter_name="default", converter=None, strict=True):
+    def load_weights(
+        self,
+        mg_models,
+        hf_model_dir,
+        peft_format=False,
+        adapter_name="default",
+        converter=None,
+        strict=True,
+        disable_tqdm=None,
+    ):
         """Copies this rank's slices of the safetensors in `hf_model_dir` into the parameters; nothing else is read.
 
-        peft_format: read adapter_model.safetensors into the adapter `adapter_name`. strict=False: what is missing keeps its
-        value. Raises KeyError listing every missing tensor, ValueError for wrong shapes, on all ranks together.
-        Returns a dict of bytes_read, bytes_needed, missing, unexpected.
+        hf_model_dir: a folder (with an index or one file) or a safetensors file. peft_format: read
+        adapter_model.safetensors into the adapter `adapter_name`. converter: f(name, value) -> (name, value) or None to drop,
+        with `value.load()` where the converter needs the numbers; names are those in the files. strict=False: what is missing
+        keeps its value. disable_tqdm: None shows a progress bar on rank 0 for 2 GB and more.
+        Raises KeyError (something is missing) or ValueError (something does not fit, or belongs to a layer without such a
+        part), listing every such tensor, on all ranks together. Returns a dict of bytes_read, bytes_needed, missing, unexpected.
         """
-        if converter is not None:
-            raise ValueError("load_weights: converter is not supported in this version; convert the files first")
-        bytes_read, bytes_needed, missing, unexpected = _core.load_weights(
-            engines(mg_models), os.fspath(hf_model_dir), peft_format=peft_format, adapter_name=adapter_name, strict=strict
-        )
+        with Progress("Loading", disable_tqdm) as progress:
+            bytes_read, bytes_needed, missing, unexpected = _core.load_weights(
+                engines(mg_models),
+                os.fspath(hf_model_dir),
+                peft_format=peft_format,
+                adapter_name=adapter_name,
+                strict=strict,
+                convert=None if converter is None else lambda reader: conversion(converter, reader),
+                progress=progress,
+            )
         if unexpected:
             get_logger().warning(f"{hf_model_dir}: {len(unexpected)} tensors have no place in the model, e.g. {unexpected[:3]}")
         return dict(bytes_read=bytes_read, bytes_needed=bytes_needed, missing=missing, unexpected=unexpected)

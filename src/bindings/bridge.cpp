@@ -1,24 +1,61 @@
 #include "mcore_bridge/bridge.h"
 
 #include "bindings/bindings.h"
+#include "bridge/checkpoint_reader.h"
 #include "bridge/inspect.h"
 #include "mcore_bridge/error.h"
 #include "models/gpt_model.h"
 #include "tuners/adapter_rules.h"
 
 namespace mcore_bridge {
+namespace {
+
+/// What Python's side of a converter returns: names, and (shape, dtype, value) of what it changes.
+using Convert = std::function<std::pair<
+    std::map<std::string, std::optional<std::string>>,
+    std::map<std::string, std::tuple<std::vector<int64_t>, at::ScalarType, std::function<at::Tensor()>>>>(
+    const CheckpointReader*)>;
+
+}  // namespace
 
 void init_bridge(py::module_& module) {
   module.def(
       "load_weights",
-      [](const Chunks& chunks, const std::string& folder, bool peft_format, const std::string& adapter_name,
-         bool strict) {
-        const auto report =
-            load_weights(chunks, folder, {.peft_format = peft_format, .adapter_name = adapter_name, .strict = strict});
+      [](const Chunks& chunks, const std::string& folder, bool peft_format, const std::string& adapter_name, bool strict,
+         Convert convert, Progress progress) {
+        LoadOptions options{
+            .peft_format = peft_format, .adapter_name = adapter_name, .strict = strict, .progress = std::move(progress)};
+        if (convert) {
+          options.convert = [&](const CheckpointReader& reader) {
+            auto [names, changed] = convert(&reader);
+            Conversion conversion{.names = std::move(names)};
+            for (auto& [name, value] : changed) {
+              auto& [shape, dtype, make] = value;
+              conversion.changed[name] = {std::move(shape), dtype, std::move(make)};
+            }
+            return conversion;
+          };
+        }
+        const auto report = load_weights(chunks, folder, options);
         return std::tuple{report.bytes_read, report.bytes_needed, report.missing, report.unexpected};
       },
       py::arg("chunks"), py::arg("folder"), py::kw_only(), py::arg("peft_format"), py::arg("adapter_name"),
-      py::arg("strict"), NoGil());
+      py::arg("strict"), py::arg("convert"), py::arg("progress"), NoGil());
+
+  py::class_<CheckpointReader>(module, "CheckpointReader")
+      .def(py::init<const std::string&, bool>(), py::arg("path"), py::arg("peft_format") = false, NoGil())
+      .def("tensors",
+           [](const CheckpointReader& reader) {
+             // (name, dtype or None when torch has none, shape)
+             std::vector<std::tuple<std::string, std::optional<at::ScalarType>, std::vector<int64_t>>> result;
+             for (const auto& [name, tensor] : reader.tensors()) {
+               const auto dtype = tensor.entry->dtype;
+               result.emplace_back(name, dtype == at::ScalarType::Undefined ? std::nullopt : std::optional(dtype),
+                                   tensor.entry->shape);
+             }
+             return result;
+           })
+      .def("load", &CheckpointReader::load, py::arg("name"), NoGil());
 
   module.def(
       "save_weights",

@@ -1,5 +1,7 @@
 #include "bridge/checkpoint_reader.h"
 
+#include <ATen/ops/empty.h>
+
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -91,6 +93,34 @@ void CheckpointReader::add(const std::string& path) {
     MCB_CHECK(tensors_.emplace(name, Tensor{file, &entry}).second, path, ": tensor '", name,
               "' is in another shard too");
   }
+}
+
+void CheckpointReader::rename(const std::map<std::string, std::optional<std::string>>& names) {
+  if (file_tensors_.empty()) file_tensors_ = tensors_;
+  std::map<std::string, Tensor> renamed;
+  for (const auto& [name, tensor] : tensors_) {
+    const auto found = names.find(name);
+    if (found != names.end() && !found->second) continue;
+    const auto& target = found == names.end() ? name : *found->second;
+    MCB_CHECK(renamed.emplace(target, tensor).second, "converter: two tensors are named '", target, "'");
+  }
+  for (const auto& [name, target] : names) {
+    if (!tensors_.contains(name)) fail<KeyError>("converter: the checkpoint has no tensor '", name, "'");
+  }
+  tensors_ = std::move(renamed);
+}
+
+at::Tensor CheckpointReader::load(const std::string& file_name) const {
+  const auto& all = file_tensors_.empty() ? tensors_ : file_tensors_;
+  const auto found = all.find(file_name);
+  if (found == all.end()) fail<KeyError>("the checkpoint has no tensor '", file_name, "'");
+  const auto& [file, entry] = found->second;
+  MCB_CHECK(entry->dtype != c10::ScalarType::Undefined, file->path(), ": '", file_name, "' is ", entry->dtype_name,
+            ", which torch cannot hold");
+  auto tensor = at::empty(entry->shape, at::TensorOptions().dtype(entry->dtype));
+  file->input().read(file->offset(*entry), tensor.mutable_data_ptr(), entry->end - entry->begin);
+  bytes_loaded_ += entry->end - entry->begin;
+  return tensor;
 }
 
 const CheckpointReader::Tensor* CheckpointReader::find(const std::string& name) const {

@@ -39,6 +39,9 @@ class TensorSource {
   virtual Position position(const Box& box) const = 0;
   /// Boxes read together should begin at multiples of this many rows (the height of a quantisation block).
   virtual int64_t row_block() const { return 1; }
+  /// Announces, before the first read, a box that will be read exactly once. A source that has to hold something can
+  /// free it after the last.
+  virtual void expect(const Box& box) const {}
 };
 
 /// What a checkpoint has for a tensor of the model.
