@@ -34,6 +34,33 @@ def result_of(converter, name, value):
     return result
 
 
+def saved_tensor(converter):
+    """(name, shape, dtype) -> None, or (new name, function of the value or None, shape, dtype): how the engine asks what
+    becomes of a tensor before it has any. A converter that cannot work without data is an error that says so."""
+
+    def ask(name, shape, dtype):
+        probe = torch.empty(shape, dtype=dtype, device="meta")
+        try:
+            result = result_of(converter, name, probe)
+        except (NotImplementedError, RuntimeError) as error:
+            raise ValueError(
+                f"save_weights: the converter fails for '{name}' without data ({error}); sizes must be known before data is "
+                "written, so it may not look at values: use export_weights(converter=...) and save what it yields"
+            ) from error
+        if result is None:
+            return None
+        target, value = result
+        if value is probe:
+            return target, None, shape, dtype
+
+        def make(tensor):
+            return result_of(converter, name, tensor)[1]
+
+        return target, make, list(value.shape), value.dtype
+
+    return ask
+
+
 def conversion(converter, reader):
     """What `converter` makes of a checkpoint, as the engine takes it: {name: new name or None}, {new name: (shape, dtype,
     function that makes the tensor)}.

@@ -3,10 +3,9 @@
 #include <ATen/ops/empty.h>
 
 #include <filesystem>
-#include <fstream>
-#include <nlohmann/json.hpp>
 #include <set>
 
+#include "core/strict_json.h"
 #include "mcore_bridge/error.h"
 
 namespace mcore_bridge {
@@ -57,32 +56,25 @@ bool CheckpointReader::exists(const std::string& folder, const Stem& stem) {
 }
 
 void CheckpointReader::open_index(const std::string& folder, const std::string& index) {
-  nlohmann::json content;
-  try {
-    std::ifstream file(index);
-    content = nlohmann::json::parse(file);
-  } catch (const nlohmann::json::exception& error) {
-    fail(index, ": not JSON: ", error.what());
-  }
-  MCB_CHECK(content.is_object() && content.contains("weight_map") && content["weight_map"].is_object(), index,
-            ": weight_map is missing");
+  constexpr uint64_t kLongestIndex = 1'000'000'000;
+  const InputFile file(index);
+  MCB_CHECK(file.size() <= kLongestIndex, index, ": an index of ", file.size(), " bytes is too long");
+  std::string text(file.size(), '\0');
+  file.read(0, text.data(), text.size());
+  const auto weight_map = parse_index(text, index);
   std::set<std::string> shards;
   std::string missing;
-  for (const auto& [name, shard] : content["weight_map"].items()) {
-    MCB_CHECK(shard.is_string(), index, ": the shard of '", name, "' is no file name");
-    const auto file = shard.get<std::string>();
-    MCB_CHECK(!file.empty() && file.find('/') == std::string::npos && file != "." && file != "..", index,
-              ": the shard '", file, "' of '", name, "' lies outside the folder");
-    if (shards.insert(file).second && !fs::exists(fs::path(folder) / file))
-      missing += (missing.empty() ? "" : ", ") + file;
+  for (const auto& [name, shard] : weight_map) {
+    std::error_code error;
+    if (shards.insert(shard).second && !fs::exists(fs::path(folder) / shard, error))
+      missing += (missing.empty() ? "" : ", ") + shard;
   }
   if (!missing.empty()) fail<FileNotFoundError>(folder, ": shards named in the index are missing: ", missing);
   for (const auto& shard : shards) add((fs::path(folder) / shard).string());
-  for (const auto& [name, shard] : content["weight_map"].items()) {
+  for (const auto& [name, shard] : weight_map) {
     const auto* tensor = find(name);
-    if (!tensor || fs::path(tensor->file->path()).filename() != shard.get<std::string>()) {
-      fail<KeyError>(index, ": '", name, "' is not in ", shard.get<std::string>(), " as the index says");
-    }
+    if (!tensor || fs::path(tensor->file->path()).filename() != shard)
+      fail<KeyError>(index, ": '", printable(name), "' is not in ", shard, " as the index says");
   }
 }
 

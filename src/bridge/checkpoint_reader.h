@@ -48,8 +48,8 @@ class CheckpointReader {
   void open_index(const std::string& folder, const std::string& index);
   void add(const std::string& path);
   std::vector<std::unique_ptr<SafetensorsFile>> files_;
-  std::map<std::string, Tensor> tensors_;        // by the name the model knows
-  std::map<std::string, Tensor> file_tensors_;   // by the name in the files, once they differ
+  std::map<std::string, Tensor> tensors_;       // by the name the model knows
+  std::map<std::string, Tensor> file_tensors_;  // by the name in the files, once they differ
   mutable std::atomic<uint64_t> bytes_loaded_ = 0;
 };
 

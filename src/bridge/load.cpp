@@ -9,6 +9,7 @@
 #include "bridge/block_loader.h"
 #include "bridge/checkpoint_plan.h"
 #include "bridge/checkpoint_reader.h"
+#include "bridge/region_blocks.h"
 #include "bridge/tensor_source.h"
 #include "core/thread_pool.h"
 #include "mcore_bridge/error.h"
@@ -39,25 +40,6 @@ struct Block {
   TensorSource::Position position;
 };
 
-/// Cuts a region into blocks of a few MiB.
-void add_blocks(std::vector<Block>& blocks, const TensorSource& source, const Region& region,
-                const at::Tensor& parameter) {
-  const auto row_bytes = region.cols * static_cast<int64_t>(c10::elementSize(source.dtype()));
-  const auto unit = source.row_block();
-  const auto height = std::max<int64_t>(1, BlockLoader::kBlockBytes / std::max<int64_t>(1, row_bytes) / unit) * unit;
-  const auto end = region.hf_row + region.rows;
-  for (auto row = region.hf_row; row < end;) {
-    const auto next = std::min(end, row / unit * unit + height);
-    const Box box{row, region.hf_col, next - row, region.cols};
-    if (box.numel() > 0) {
-      blocks.push_back({&source, box,
-                        mcore_bridge::box(parameter, region.row + row - region.hf_row, region.col, box.rows, box.cols),
-                        source.position(box)});
-    }
-    row = next;
-  }
-}
-
 /// A tensor that a converter makes: whole when the first box is read, gone after the last.
 class ConvertedSource : public TensorSource {
  public:
@@ -65,9 +47,7 @@ class ConvertedSource : public TensorSource {
       : name_(std::move(name)), changed_(changed), cols_(cols) {}
   c10::ScalarType dtype() const override { return changed_.dtype; }
   uint64_t file_bytes(const Box&) const override { return 0; }  // CheckpointReader counts what the converter reads
-  Position position(const Box& box) const override {
-    return {name_, static_cast<uint64_t>(box.row * cols_ + box.col)};
-  }
+  Position position(const Box& box) const override { return {name_, static_cast<uint64_t>(box.row * cols_ + box.col)}; }
   void expect(const Box&) const override { ++expected_; }
   void read(const Box& box, void* to) const override {
     at::Tensor value;
@@ -83,7 +63,7 @@ class ConvertedSource : public TensorSource {
       if (--expected_ == 0) value_ = at::Tensor();
     }
     auto target = at::from_blob(to, {box.rows, box.cols}, at::TensorOptions().dtype(changed_.dtype));
-    copy_on_this_thread(target, mcore_bridge::box(value.view({-1, cols_}), box.row, box.col, box.rows, box.cols));
+    copy_on_this_thread(target, value.view({-1, cols_}).narrow(0, box.row, box.rows).narrow(1, box.col, box.cols));
   }
 
  private:
@@ -108,7 +88,8 @@ OpenedTensor open_converted(const Conversion& conversion, const HfTensor& tensor
     wrong << "is made " << dtype << " by the converter, the model needs a floating point weight";
   }
   result.wrong = wrong.str();
-  if (result.wrong.empty()) result.source = std::make_shared<ConvertedSource>(tensor.name, found->second, tensor.cols);
+  if (result.wrong.empty())
+    result.source = std::make_shared<ConvertedSource>(tensor.name, found->second, stored_columns(tensor));
   return result;
 }
 
@@ -149,7 +130,9 @@ Sources open_sources(const CheckpointReader& reader, const Conversion& conversio
 
   std::string text = "load_weights: " + folder + ":";
   auto list = [&](const std::vector<std::string>& names, const char* what) {
-    if (!names.empty()) text += "\n" + std::to_string(names.size()) + " tensors " + what + ":" + joined(names);
+    if (names.empty()) return;
+    text += '\n';
+    text += std::to_string(names.size()) + " tensors " + what + ":" + joined(names);
   };
   list(wrong, "do not fit");
   if (strict) {
@@ -179,21 +162,23 @@ LoadReport load(const Chunks& chunks, const std::string& folder, const LoadOptio
   LoadReport report;
   const auto sources = open_sources(reader, conversion, chunks, selection, folder, options.strict, report);
 
-  at::NoGradGuard no_grad;
+  const at::NoGradGuard no_grad;
   std::vector<Block> blocks;
   int64_t work = 0;  // bytes of the parameters to be filled
   for (const auto& parameter : parameters) {
-    auto target = as_matrix(parameter.tensor.detach());
+    const auto target = parameter.tensor.detach();
     int64_t covered = 0;
     for (const auto& region : parameter.plan.regions) {
-      const auto found = sources.find(parameter.plan.tensors[region.tensor].name);
+      const auto& tensor = parameter.plan.tensors[region.tensor];
+      const auto found = sources.find(tensor.name);
       if (found == sources.end()) continue;
-      const auto before = blocks.size();
-      add_blocks(blocks, *found->second, region, target);
-      for (auto i = before; i < blocks.size(); ++i) {
-        found->second->expect(blocks[i].box);
-        report.bytes_needed += static_cast<int64_t>(found->second->file_bytes(blocks[i].box));
-        work += blocks[i].target.nbytes();
+      const auto& source = *found->second;
+      const auto elements = BlockLoader::kBlockBytes / static_cast<int64_t>(c10::elementSize(source.dtype()));
+      for (auto& [box, view] : region_blocks(tensor, region, target, elements, source.row_block())) {
+        source.expect(box);
+        report.bytes_needed += static_cast<int64_t>(source.file_bytes(box));
+        work += static_cast<int64_t>(view.nbytes());
+        blocks.push_back({&source, box, view, source.position(box)});
       }
       covered += region.rows * region.cols;
     }

@@ -13,7 +13,7 @@
 
 namespace mcore_bridge {
 
-/// A box of a matrix, in elements.
+/// A box of a stored tensor, seen as a matrix whose columns are the last dimension (plan.h: stored_box), in elements.
 struct Box {
   int64_t row = 0, col = 0, rows = 0, cols = 0;
   int64_t numel() const { return rows * cols; }
