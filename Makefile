@@ -10,11 +10,12 @@ SOURCES := $(shell find src include cmake -type f) CMakeLists.txt
 TEST_SOURCES := $(wildcard tests/cpp/*.txt tests/cpp/*/*.cpp)
 PYTEST := $(RUN) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q --timeout=1200
 
-.PHONY: help setup build demo demo-pt test test-all lint bench clean
+.PHONY: help setup build demo demo-pt test test-all fuzz lint bench clean
 help:
 	@echo "make demo      set up, build, fine-tune SmolLM2-135M-Instruct on CPU processes and compare (MODEL=<folder or hub id>: yours)"
 	@echo "make demo-pt   pre-train a small Qwen3 from scratch"
 	@echo "make test      build what is missing and run the tests; make test-all: the slow ones too"
+	@echo "make fuzz      throw damaged bytes at the checkpoint parsers for a minute (installs clang; part of test-all)"
 	@echo "make lint | bench | setup | build | clean"
 
 # Distribution packages, the virtual environment, PyPI packages.
@@ -47,11 +48,22 @@ test: build
 test-all: build
 	OMP_NUM_THREADS=2 build/tests/cpp/mcore_bridge_tests --gtest_brief=1
 	$(PYTEST) tests
+	$(MAKE) fuzz
+
+# Throws bytes at the parsers of checkpoint headers for a fixed time, from the hand-made files on; new finds go to build/fuzz.
+FUZZ_SECONDS ?= 60
+fuzz: build
+	VENV="$(VENV)" scripts/setup.sh clang
+	PATH=$(BIN):$$PATH cmake -S . -B build -DMCB_BUILD_FUZZ=ON > /dev/null
+	PATH=$(BIN):$$PATH cmake --build build --target fuzz
+	mkdir -p build/fuzz/found
+	build/fuzz/fuzz_checkpoint_headers -max_total_time=$(FUZZ_SECONDS) -max_len=100000 -timeout=20 -rss_limit_mb=1024 -print_final_stats=1 \
+	  -artifact_prefix=build/fuzz/ build/fuzz/found fuzz/corpus
 
 lint: $(VENV)/.ready
-	$(BIN)/ruff check python tests examples benchmarks scripts
-	$(BIN)/ruff format --check python tests examples benchmarks scripts
-	$(BIN)/clang-format --dry-run --Werror $$(find src include tests/cpp examples/cpp -name '*.cpp' -o -name '*.h')
+	$(BIN)/ruff check python tests examples benchmarks scripts fuzz
+	$(BIN)/ruff format --check python tests examples benchmarks scripts fuzz
+	$(BIN)/clang-format --dry-run --Werror $$(find src include tests/cpp examples/cpp fuzz -name '*.cpp' -o -name '*.h')
 	$(BIN)/python scripts/check_includes.py
 
 bench: build

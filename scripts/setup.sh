@@ -15,6 +15,7 @@ command -v g++ > /dev/null || need+=(g++)
 [ -f /usr/include/nlohmann/json.hpp ] || need+=(nlohmann-json3-dev)
 [ -f /usr/include/gtest/gtest.h ] || need+=(libgtest-dev)
 command -v ld.lld > /dev/null || need+=(lld)
+[ "${1:-}" != clang ] || compgen -c clang++ > /dev/null || need+=(clang)
 if [ ${#need[@]} -gt 0 ]; then
   sudo=""
   [ "$(id -u)" = 0 ] || sudo=sudo

@@ -4,8 +4,10 @@ import json
 import os
 import re
 
+from .converter import conversion, saved_tensor
 from .engine import _core
 from .model import engines
+from .progress import Progress
 from .utils import get_logger, is_master
 
 _UNITS = {
@@ -23,9 +25,12 @@ _UNITS = {
 
 
 def parse_size(size):
-    """Bytes of "5GB", "500 MiB" or an int (a count of GB, as the original takes it)."""
-    if isinstance(size, int):
-        return size * 10**9
+    """Bytes of "5GB", "500 MiB" or an int: bytes, as Transformers takes it, or a count of GB, as the original does, when it is
+    below 10,000."""
+    if isinstance(size, int) and not isinstance(size, bool):
+        if size <= 0:
+            raise ValueError(f"max_shard_size: {size} is not positive")
+        return size if size >= 10_000 else size * 10**9
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     if not match or match[2].upper() not in _UNITS:
         raise ValueError(f"max_shard_size: '{size}' is not a size such as 5GB, 500MB or 2GiB")
@@ -38,18 +43,35 @@ class GPTBridge:
     def __init__(self, config):
         self.config = config
 
-    def load_weights(self, mg_models, hf_model_dir, peft_format=False, adapter_name="default", converter=None, strict=True):
+    def load_weights(
+        self,
+        mg_models,
+        hf_model_dir,
+        peft_format=False,
+        adapter_name="default",
+        converter=None,
+        strict=True,
+        disable_tqdm=None,
+    ):
         """Copies this rank's slices of the safetensors in `hf_model_dir` into the parameters; nothing else is read.
 
-        peft_format: read adapter_model.safetensors into the adapter `adapter_name`. strict=False: what is missing keeps its
-        value. Raises KeyError listing every missing tensor, ValueError for wrong shapes, on all ranks together.
-        Returns a dict of bytes_read, bytes_needed, missing, unexpected.
+        hf_model_dir: a folder (with an index or one file) or a safetensors file. peft_format: read
+        adapter_model.safetensors into the adapter `adapter_name`. converter: f(name, value) -> (name, value) or None to drop,
+        with `value.load()` where the converter needs the numbers; names are those in the files. strict=False: what is missing
+        keeps its value. disable_tqdm: None shows a progress bar on rank 0 for 2 GB and more.
+        Raises KeyError (something is missing) or ValueError (something does not fit, or belongs to a layer without such a
+        part), listing every such tensor, on all ranks together. Returns a dict of bytes_read, bytes_needed, missing, unexpected.
         """
-        if converter is not None:
-            raise ValueError("load_weights: converter is not supported in this version; convert the files first")
-        bytes_read, bytes_needed, missing, unexpected = _core.load_weights(
-            engines(mg_models), os.fspath(hf_model_dir), peft_format=peft_format, adapter_name=adapter_name, strict=strict
-        )
+        with Progress("Loading", disable_tqdm) as progress:
+            bytes_read, bytes_needed, missing, unexpected = _core.load_weights(
+                engines(mg_models),
+                os.fspath(hf_model_dir),
+                peft_format=peft_format,
+                adapter_name=adapter_name,
+                strict=strict,
+                convert=None if converter is None else lambda reader: conversion(converter, reader),
+                progress=progress,
+            )
         if unexpected:
             get_logger().warning(f"{hf_model_dir}: {len(unexpected)} tensors have no place in the model, e.g. {unexpected[:3]}")
         return dict(bytes_read=bytes_read, bytes_needed=bytes_needed, missing=missing, unexpected=unexpected)
@@ -65,34 +87,37 @@ class GPTBridge:
         tqdm_desc="Exporting: ",
         disable_tqdm=True,
         merge_lora=False,
+        bucket_size=128 << 20,
     ):
-        """Generator of (Hugging Face name, whole tensor). Collective: every rank iterates to the end.
+        """Generator of (Hugging Face name, whole tensor), names and shapes as `save_weights` writes them and as inference
+        engines load them. Collective: every rank iterates to the end.
 
-        only_master_rank: other ranks take part and yield nothing. converter: f(name, tensor) -> (name, tensor), or None to drop.
+        Tensors come in buckets of `bucket_size` bytes; the next bucket is on its way while the current one is used.
+        only_master_rank: the other ranks send what they own, yield nothing and hold no whole tensor. target_device: where
+        tensors are moved to (None: they stay). converter: f(name, tensor) -> (name, tensor), or None to drop.
         """
         exporter = _core.WeightExporter(
-            engines(mg_models), peft_format=peft_format, adapter_name=adapter_name, merge_lora=merge_lora
+            engines(mg_models),
+            peft_format=peft_format,
+            adapter_name=adapter_name,
+            merge_lora=merge_lora,
+            only_master=only_master_rank,
+            bucket_bytes=int(bucket_size),
         )
-        yields = not only_master_rank or is_master()
         bar = None
         if not disable_tqdm and is_master():
             from tqdm import tqdm
 
             bar = tqdm(total=len(exporter), desc=tqdm_desc)
         while (item := exporter.next()) is not None:
-            if bar is not None:
-                bar.update()
-            if not yields:
-                continue
             name, tensor = item
             if target_device is not None:
                 tensor = tensor.to(target_device)
-            if converter is not None:
-                converted = converter(name, tensor)
-                if converted is None:
-                    continue
-                name, tensor = converted
-            yield name, tensor
+            item = (name, tensor) if converter is None else converter(name, tensor)
+            if bar is not None:
+                bar.update()
+            if item is not None:
+                yield item
         if bar is not None:
             bar.close()
 
@@ -106,20 +131,25 @@ class GPTBridge:
         max_shard_size="5GB",
         merge_lora=False,
         extra_files=None,
+        disable_tqdm=None,
     ):
         """Writes model*.safetensors (+ index), or adapter_model.safetensors with peft_format. Collective; every rank writes
-        its own part. The folder appears whole or stays as it was. extra_files: {name: bytes} written in the same step."""
-        if converter is not None:
-            raise ValueError("save_weights: converter is not supported in this version; use export_weights(converter=...)")
-        _core.save_weights(
-            engines(mg_models),
-            os.fspath(output_dir),
-            peft_format=peft_format,
-            adapter_name=adapter_name,
-            merge_lora=merge_lora,
-            max_shard_bytes=parse_size(max_shard_size),
-            extra_files=list((extra_files or {}).items()),
-        )
+        its own part. The folder appears whole or stays as it was. extra_files: {name: bytes} written in the same step.
+        max_shard_size: "5GB", "500MB", "2GiB", "50KB" or a number of bytes (below 10,000: of GB, as the original counts).
+        converter: f(name, tensor) -> (name, tensor), or None to drop; it is first asked with a tensor without data (device
+        "meta"), since sizes are known before data. disable_tqdm: None shows a progress bar on rank 0 for 2 GB and more."""
+        with Progress("Saving", disable_tqdm) as progress:
+            _core.save_weights(
+                engines(mg_models),
+                os.fspath(output_dir),
+                peft_format=peft_format,
+                adapter_name=adapter_name,
+                merge_lora=merge_lora,
+                max_shard_bytes=parse_size(max_shard_size),
+                extra_files=list((extra_files or {}).items()),
+                convert=None if converter is None else saved_tensor(converter),
+                progress=progress,
+            )
 
     def initialize(self, mg_models, seed=42):
         """Random weights that depend on the seed and the tensors' names only, so every layout starts alike."""

@@ -3,27 +3,9 @@
 #include <ATen/ATen.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
-namespace mcore_bridge {
+#include "bridge/region_blocks.h"
 
-void copy_on_this_thread(at::Tensor target, const at::Tensor& values) {
-  constexpr int64_t kSerial = 32767;  // elements; ATen parallelises from 32768
-  const auto rows = values.size(0), cols = values.size(1);
-  if (rows == 0 || cols == 0) return;
-  const auto col_step = std::min(cols, kSerial), row_step = std::max<int64_t>(1, kSerial / col_step);
-  for (int64_t row = 0; row < rows; row += row_step) {
-    const auto some = std::min(row_step, rows - row);
-    auto to = target.narrow(0, row, some);
-    const auto from = values.narrow(0, row, some);
-    if (col_step == cols) {
-      to.copy_(from);
-      continue;
-    }
-    for (int64_t col = 0; col < cols; col += col_step) {
-      const auto width = std::min(col_step, cols - col);
-      to.narrow(1, col, width).copy_(from.narrow(1, col, width));
-    }
-  }
-}
+namespace mcore_bridge {
 
 at::Tensor BlockLoader::staging(Staging& slot, int64_t bytes, bool pinned) {
   if (slot.copied) {
@@ -47,7 +29,7 @@ void BlockLoader::load(const TensorSource& source, const Box& box, at::Tensor ta
   auto& slot = slots_[next_];
   const auto bytes = staging(slot, box.numel() * static_cast<int64_t>(c10::elementSize(dtype)), !on_cpu);
   source.read(box, bytes.mutable_data_ptr());
-  const auto values = bytes.view(dtype).view({box.rows, box.cols});
+  const auto values = bytes.view(dtype).view(target.sizes());
   if (on_cpu) {
     copy_on_this_thread(target, values);
     return;

@@ -19,7 +19,7 @@ class BlockLoader {
   static constexpr int64_t kBlockBytes = 4 << 20;  ///< what a block should not exceed, by its source's dtype
 
   ~BlockLoader();
-  /// Fills `target` (2-D, box.rows x box.cols, a view of the parameter) with a box of the source.
+  /// Fills `target` (a view of the parameter whose elements in order are the box's) with a box of the source.
   void load(const TensorSource& source, const Box& box, at::Tensor target);
   /// Waits for the copies under way.
   void finish();
@@ -33,9 +33,5 @@ class BlockLoader {
   std::array<Staging, 2> slots_;
   size_t next_ = 0;
 };
-
-/// target.copy_(values) for matrices on the CPU on this thread alone (ATen would start a team of threads for each
-/// call).
-void copy_on_this_thread(at::Tensor target, const at::Tensor& values);
 
 }  // namespace mcore_bridge

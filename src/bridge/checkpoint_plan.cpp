@@ -94,10 +94,4 @@ std::map<std::string, std::vector<OwnedRegion>> owned_regions(const std::vector<
   return result;
 }
 
-at::Tensor as_matrix(const at::Tensor& parameter) { return parameter.dim() == 1 ? parameter.unsqueeze(1) : parameter; }
-
-at::Tensor box(const at::Tensor& matrix, int64_t row, int64_t col, int64_t rows, int64_t cols) {
-  return matrix.narrow(0, row, rows).narrow(1, col, cols);
-}
-
 }  // namespace mcore_bridge

@@ -44,8 +44,4 @@ struct OwnedRegion {
 };
 std::map<std::string, std::vector<OwnedRegion>> owned_regions(const std::vector<PlannedParameter>& parameters);
 
-/// `parameter` (1-D or 2-D) as the matrix its regions index.
-at::Tensor as_matrix(const at::Tensor& parameter);
-at::Tensor box(const at::Tensor& matrix, int64_t row, int64_t col, int64_t rows, int64_t cols);
-
 }  // namespace mcore_bridge

@@ -1,10 +1,11 @@
 #include "bridge/checkpoint_reader.h"
 
+#include <ATen/ops/empty.h>
+
 #include <filesystem>
-#include <fstream>
-#include <nlohmann/json.hpp>
 #include <set>
 
+#include "core/strict_json.h"
 #include "mcore_bridge/error.h"
 
 namespace mcore_bridge {
@@ -55,32 +56,25 @@ bool CheckpointReader::exists(const std::string& folder, const Stem& stem) {
 }
 
 void CheckpointReader::open_index(const std::string& folder, const std::string& index) {
-  nlohmann::json content;
-  try {
-    std::ifstream file(index);
-    content = nlohmann::json::parse(file);
-  } catch (const nlohmann::json::exception& error) {
-    fail(index, ": not JSON: ", error.what());
-  }
-  MCB_CHECK(content.is_object() && content.contains("weight_map") && content["weight_map"].is_object(), index,
-            ": weight_map is missing");
+  constexpr uint64_t kLongestIndex = 1'000'000'000;
+  const InputFile file(index);
+  MCB_CHECK(file.size() <= kLongestIndex, index, ": an index of ", file.size(), " bytes is too long");
+  std::string text(file.size(), '\0');
+  file.read(0, text.data(), text.size());
+  const auto weight_map = parse_index(text, index);
   std::set<std::string> shards;
   std::string missing;
-  for (const auto& [name, shard] : content["weight_map"].items()) {
-    MCB_CHECK(shard.is_string(), index, ": the shard of '", name, "' is no file name");
-    const auto file = shard.get<std::string>();
-    MCB_CHECK(!file.empty() && file.find('/') == std::string::npos && file != "." && file != "..", index,
-              ": the shard '", file, "' of '", name, "' lies outside the folder");
-    if (shards.insert(file).second && !fs::exists(fs::path(folder) / file))
-      missing += (missing.empty() ? "" : ", ") + file;
+  for (const auto& [name, shard] : weight_map) {
+    std::error_code error;
+    if (shards.insert(shard).second && !fs::exists(fs::path(folder) / shard, error))
+      missing += (missing.empty() ? "" : ", ") + shard;
   }
   if (!missing.empty()) fail<FileNotFoundError>(folder, ": shards named in the index are missing: ", missing);
   for (const auto& shard : shards) add((fs::path(folder) / shard).string());
-  for (const auto& [name, shard] : content["weight_map"].items()) {
+  for (const auto& [name, shard] : weight_map) {
     const auto* tensor = find(name);
-    if (!tensor || fs::path(tensor->file->path()).filename() != shard.get<std::string>()) {
-      fail<KeyError>(index, ": '", name, "' is not in ", shard.get<std::string>(), " as the index says");
-    }
+    if (!tensor || fs::path(tensor->file->path()).filename() != shard)
+      fail<KeyError>(index, ": '", printable(name), "' is not in ", shard, " as the index says");
   }
 }
 
@@ -91,6 +85,34 @@ void CheckpointReader::add(const std::string& path) {
     MCB_CHECK(tensors_.emplace(name, Tensor{file, &entry}).second, path, ": tensor '", name,
               "' is in another shard too");
   }
+}
+
+void CheckpointReader::rename(const std::map<std::string, std::optional<std::string>>& names) {
+  if (file_tensors_.empty()) file_tensors_ = tensors_;
+  std::map<std::string, Tensor> renamed;
+  for (const auto& [name, tensor] : tensors_) {
+    const auto found = names.find(name);
+    if (found != names.end() && !found->second) continue;
+    const auto& target = found == names.end() ? name : *found->second;
+    MCB_CHECK(renamed.emplace(target, tensor).second, "converter: two tensors are named '", target, "'");
+  }
+  for (const auto& [name, target] : names) {
+    if (!tensors_.contains(name)) fail<KeyError>("converter: the checkpoint has no tensor '", name, "'");
+  }
+  tensors_ = std::move(renamed);
+}
+
+at::Tensor CheckpointReader::load(const std::string& file_name) const {
+  const auto& all = file_tensors_.empty() ? tensors_ : file_tensors_;
+  const auto found = all.find(file_name);
+  if (found == all.end()) fail<KeyError>("the checkpoint has no tensor '", file_name, "'");
+  const auto& [file, entry] = found->second;
+  MCB_CHECK(entry->dtype != c10::ScalarType::Undefined, file->path(), ": '", file_name, "' is ", entry->dtype_name,
+            ", which torch cannot hold");
+  auto tensor = at::empty(entry->shape, at::TensorOptions().dtype(entry->dtype));
+  file->input().read(file->offset(*entry), tensor.mutable_data_ptr(), entry->end - entry->begin);
+  bytes_loaded_ += entry->end - entry->begin;
+  return tensor;
 }
 
 const CheckpointReader::Tensor* CheckpointReader::find(const std::string& name) const {

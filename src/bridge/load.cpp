@@ -2,11 +2,14 @@
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
+#include <atomic>
+#include <mutex>
 #include <set>
 
 #include "bridge/block_loader.h"
 #include "bridge/checkpoint_plan.h"
 #include "bridge/checkpoint_reader.h"
+#include "bridge/region_blocks.h"
 #include "bridge/tensor_source.h"
 #include "core/thread_pool.h"
 #include "mcore_bridge/error.h"
@@ -37,37 +40,76 @@ struct Block {
   TensorSource::Position position;
 };
 
-/// Cuts a region into blocks of a few MiB.
-void add_blocks(std::vector<Block>& blocks, const TensorSource& source, const Region& region,
-                const at::Tensor& parameter) {
-  const auto row_bytes = region.cols * static_cast<int64_t>(c10::elementSize(source.dtype()));
-  const auto unit = source.row_block();
-  const auto height = std::max<int64_t>(1, BlockLoader::kBlockBytes / std::max<int64_t>(1, row_bytes) / unit) * unit;
-  const auto end = region.hf_row + region.rows;
-  for (auto row = region.hf_row; row < end;) {
-    const auto next = std::min(end, row / unit * unit + height);
-    const Box box{row, region.hf_col, next - row, region.cols};
-    if (box.numel() > 0) {
-      blocks.push_back({&source, box,
-                        mcore_bridge::box(parameter, region.row + row - region.hf_row, region.col, box.rows, box.cols),
-                        source.position(box)});
+/// A tensor that a converter makes: whole when the first box is read, gone after the last.
+class ConvertedSource : public TensorSource {
+ public:
+  ConvertedSource(std::string name, const Conversion::Changed& changed, int64_t cols)
+      : name_(std::move(name)), changed_(changed), cols_(cols) {}
+  c10::ScalarType dtype() const override { return changed_.dtype; }
+  uint64_t file_bytes(const Box&) const override { return 0; }  // CheckpointReader counts what the converter reads
+  Position position(const Box& box) const override { return {name_, static_cast<uint64_t>(box.row * cols_ + box.col)}; }
+  void expect(const Box&) const override { ++expected_; }
+  void read(const Box& box, void* to) const override {
+    at::Tensor value;
+    {
+      const std::scoped_lock lock(mutex_);
+      if (!value_.defined()) {
+        value_ = changed_.value().detach().to(at::kCPU).contiguous();
+        MCB_CHECK(value_.sizes() == at::IntArrayRef(changed_.shape) && value_.scalar_type() == changed_.dtype,
+                  "converter: '", name_, "' is ", value_.sizes(), " ", value_.scalar_type(), ", it was announced as ",
+                  at::IntArrayRef(changed_.shape), " ", changed_.dtype);
+      }
+      value = value_;
+      if (--expected_ == 0) value_ = at::Tensor();
     }
-    row = next;
+    auto target = at::from_blob(to, {box.rows, box.cols}, at::TensorOptions().dtype(changed_.dtype));
+    copy_on_this_thread(target, value.view({-1, cols_}).narrow(0, box.row, box.rows).narrow(1, box.col, box.cols));
   }
+
+ private:
+  const std::string name_;
+  const Conversion::Changed& changed_;
+  const int64_t cols_;
+  mutable std::mutex mutex_;
+  mutable at::Tensor value_;
+  mutable int64_t expected_ = 0;
+};
+
+OpenedTensor open_converted(const Conversion& conversion, const HfTensor& tensor) {
+  const auto found = conversion.changed.find(tensor.name);
+  if (found == conversion.changed.end()) return {};
+  OpenedTensor result{.used = {tensor.name}};
+  const auto& [shape, dtype, value] = found->second;
+  std::ostringstream wrong;
+  if (shape != tensor.sizes()) {
+    wrong << "is made " << at::IntArrayRef(shape) << " by the converter, the model needs "
+          << at::IntArrayRef(tensor.sizes());
+  } else if (!c10::isFloatingType(dtype) || c10::elementSize(dtype) < 2) {
+    wrong << "is made " << dtype << " by the converter, the model needs a floating point weight";
+  }
+  result.wrong = wrong.str();
+  if (result.wrong.empty())
+    result.source = std::make_shared<ConvertedSource>(tensor.name, found->second, stored_columns(tensor));
+  return result;
 }
+
+/// "model.layers.0.mlp" of "model.layers.0.mlp.gate.weight": names that share it belong to one module.
+std::string module_of(const std::string& name) { return name.substr(0, name.rfind('.')); }
 
 using Sources = std::map<std::string, std::shared_ptr<const TensorSource>>;
 
 /// Finds every tensor of the whole checkpoint, so that every rank finds the same, and checks all before anything is
 /// copied.
-Sources open_sources(const CheckpointReader& reader, const Chunks& chunks, const Selection& selection,
-                     const std::string& folder, bool strict, LoadReport& report) {
+Sources open_sources(const CheckpointReader& reader, const Conversion& conversion, const Chunks& chunks,
+                     const Selection& selection, const std::string& folder, bool strict, LoadReport& report) {
   const bool tied = !chunks[0]->config().untie_embeddings_and_output_weights;
-  std::vector<std::string> wrong;
-  std::set<std::string> used;
+  std::vector<std::string> wrong, foreign;
+  std::set<std::string> used, modules;
   Sources sources;
   for (const auto& tensor : whole_checkpoint(chunks, selection)) {
-    auto opened = open_tensor(reader, tensor);
+    auto opened = open_converted(conversion, tensor);
+    if (opened.used.empty()) opened = open_tensor(reader, tensor);
+    modules.insert(module_of(tensor.name));
     used.insert(opened.used.begin(), opened.used.end());
     if (opened.source) {
       sources[tensor.name] = std::move(opened.source);
@@ -77,38 +119,67 @@ Sources open_sources(const CheckpointReader& reader, const Chunks& chunks, const
       wrong.push_back(tensor.name + " " + opened.wrong);
     }
   }
-  for (const auto& [name, tensor] : reader.tensors()) {
-    if (!used.contains(name) && !ignorable(name, tied)) report.unexpected.push_back(name);
+  auto unexpected = [&](const std::string& name) {
+    if (used.contains(name) || ignorable(name, tied)) return;
+    report.unexpected.push_back(name);
+    if (modules.contains(module_of(name))) foreign.push_back(name);
+  };
+  for (const auto& [name, tensor] : reader.tensors()) unexpected(name);
+  for (const auto& [name, changed] : conversion.changed) unexpected(name);
+  if (wrong.empty() && !(strict && (!report.missing.empty() || !foreign.empty()))) return sources;
+
+  std::string text = "load_weights: " + folder + ":";
+  auto list = [&](const std::vector<std::string>& names, const char* what) {
+    if (names.empty()) return;
+    text += '\n';
+    text += std::to_string(names.size()) + " tensors " + what + ":" + joined(names);
+  };
+  list(wrong, "do not fit");
+  if (strict) {
+    list(report.missing, "are missing");
+    if (report.missing == std::vector<std::string>{"lm_head.weight"})
+      text += "\n(tie_word_embeddings is false in config.json, so the output layer needs its own matrix)";
+    if (wrong.empty() && report.missing.empty()) {
+      list(foreign, "belong to layers of the model that have no such part");
+    } else {
+      list(report.unexpected, "are unexpected");
+    }
+    text += "\n(strict=False loads what there is)";
+    if (!report.missing.empty()) throw KeyError(text);
   }
-  MCB_CHECK(wrong.empty(), "load_weights: ", folder, ": ", wrong.size(), " tensors do not fit:", joined(wrong));
-  if (strict && !report.missing.empty()) {
-    const bool head = report.missing.size() == 1 && report.missing[0] == "lm_head.weight";
-    fail<KeyError>(
-        "load_weights: ", folder, ": ", report.missing.size(), " tensors are missing:", joined(report.missing),
-        head ? "\n(tie_word_embeddings is false in config.json, so the output layer needs its own matrix)" : "");
-  }
-  return sources;
+  throw ValueError(text);
 }
 
 LoadReport load(const Chunks& chunks, const std::string& folder, const LoadOptions& options) {
   const Selection selection{.peft_format = options.peft_format, .adapter_name = options.adapter_name};
-  const CheckpointReader reader(folder, options.peft_format);
+  CheckpointReader reader(folder, options.peft_format);
+  Conversion conversion;
+  if (options.convert) {
+    conversion = options.convert(reader);
+    reader.rename(conversion.names);
+  }
   const auto parameters = planned_parameters(chunks, selection);
   LoadReport report;
-  const auto sources = open_sources(reader, chunks, selection, folder, options.strict, report);
+  const auto sources = open_sources(reader, conversion, chunks, selection, folder, options.strict, report);
 
-  at::NoGradGuard no_grad;
+  const at::NoGradGuard no_grad;
   std::vector<Block> blocks;
+  int64_t work = 0;  // bytes of the parameters to be filled
   for (const auto& parameter : parameters) {
-    auto target = as_matrix(parameter.tensor.detach());
+    const auto target = parameter.tensor.detach();
     int64_t covered = 0;
     for (const auto& region : parameter.plan.regions) {
-      const auto found = sources.find(parameter.plan.tensors[region.tensor].name);
+      const auto& tensor = parameter.plan.tensors[region.tensor];
+      const auto found = sources.find(tensor.name);
       if (found == sources.end()) continue;
-      const auto before = blocks.size();
-      add_blocks(blocks, *found->second, region, target);
-      for (auto i = before; i < blocks.size(); ++i)
-        report.bytes_needed += static_cast<int64_t>(found->second->file_bytes(blocks[i].box));
+      const auto& source = *found->second;
+      const auto elements = BlockLoader::kBlockBytes / static_cast<int64_t>(c10::elementSize(source.dtype()));
+      for (auto& [box, view] : region_blocks(tensor, region, target, elements, source.row_block())) {
+        source.expect(box);
+        report.bytes_needed += static_cast<int64_t>(source.file_bytes(box));
+        work += static_cast<int64_t>(view.nbytes());
+        blocks.push_back({&source, box, view, source.position(box)});
+      }
       covered += region.rows * region.cols;
     }
     if (parameter.plan.rule.pad_rows && covered > 0 && covered < target.numel()) target.zero_();
@@ -117,12 +188,18 @@ LoadReport load(const Chunks& chunks, const std::string& folder, const LoadOptio
 
   const int threads = io_threads();
   std::vector<BlockLoader> loaders(static_cast<size_t>(threads));
-  run_parallel(blocks.size(), threads, [&](size_t index, int thread) {
+  std::atomic<int64_t> done = 0;
+  auto load_block = [&](size_t index, int thread) {
     const at::NoGradGuard worker_no_grad;
     const auto& block = blocks[index];
     loaders[thread].load(*block.source, block.box, block.target);
+    done += block.target.nbytes();
+  };
+  run_parallel(blocks.size(), threads, load_block, [&] {
+    if (options.progress) options.progress(done, work);
   });
   for (auto& loader : loaders) loader.finish();
+  report.bytes_needed += static_cast<int64_t>(reader.bytes_loaded());  // whole tensors a converter asked for
   for (const auto& file : reader.files()) report.bytes_read += static_cast<int64_t>(file->data_bytes_read());
   TORCH_INTERNAL_ASSERT(report.bytes_read == report.bytes_needed, "load_weights read ", report.bytes_read,
                         " bytes for slices of ", report.bytes_needed);

@@ -2,30 +2,14 @@
 // header, data). Every field is checked when the file is opened; nothing of the data is read.
 #pragma once
 
-#include <c10/core/ScalarType.h>
-
 #include <cstdint>
 #include <map>
 #include <string>
-#include <vector>
 
+#include "bridge/header_parser.h"
 #include "core/input_file.h"
 
 namespace mcore_bridge {
-
-struct SafetensorsEntry {
-  c10::ScalarType dtype = c10::ScalarType::Undefined;
-  std::string dtype_name;  ///< as in the file, e.g. "BF16"
-  std::vector<int64_t> shape;
-  uint64_t begin = 0, end = 0;  ///< bytes, from the start of the data
-};
-
-/// Throws ValueError with the file's path and what is wrong with its header.
-std::map<std::string, SafetensorsEntry> parse_safetensors_header(const std::string& header, uint64_t data_bytes,
-                                                                 const std::string& path);
-
-/// "F32", "BF16", ... of a dtype this engine writes.
-const char* safetensors_dtype(c10::ScalarType dtype);
 
 class SafetensorsFile {
  public:

@@ -1,8 +1,12 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <atomic>
+#include <exception>
+
 #include "bridge/atomic_folder.h"
 #include "bridge/checkpoint_plan.h"
+#include "bridge/region_blocks.h"
 #include "bridge/shard_layout.h"
 #include "bridge/shard_writer.h"
 #include "bridge/tensor_encoder.h"
@@ -23,30 +27,17 @@ struct Block {
   at::Tensor values;
 };
 
-/// Cuts a region of `value` into blocks of a few MiB.
-void add_blocks(std::vector<Block>& blocks, const HfTensor& tensor, const Region& region, const at::Tensor& value,
-                int64_t unit) {
-  const auto row_bytes = std::max<int64_t>(1, region.cols * static_cast<int64_t>(value.element_size()));
-  const auto height = std::max<int64_t>(1, kBlockBytes / row_bytes / unit) * unit;
-  const auto matrix = as_matrix(value);
-  const auto end = region.hf_row + region.rows;
-  for (auto row = region.hf_row; row < end;) {
-    const auto next = std::min(end, row / unit * unit + height);
-    const Box box{row, region.hf_col, next - row, region.cols};
-    if (box.numel() > 0) {
-      blocks.push_back(
-          {&tensor, box, mcore_bridge::box(matrix, region.row + row - region.hf_row, region.col, box.rows, box.cols)});
-    }
-    row = next;
-  }
-}
-
 /// Encodes and writes what this rank owns. Values that have to be computed (merged adapters) are so a few at a time.
 void write_parameters(const std::vector<PlannedParameter>& parameters, const TensorEncoder& encoder,
-                      ShardWriter& writer) {
+                      ShardWriter& writer, const Progress& progress) {
   constexpr int64_t kComputedBytes = 128 << 20;
-  size_t next = 0;
-  while (next < parameters.size()) {
+  int64_t total = 0;
+  for (const auto& parameter : parameters) {
+    for (const auto& region : parameter.plan.regions)
+      if (region.owner) total += region.rows * region.cols * static_cast<int64_t>(parameter.tensor.element_size());
+  }
+  std::atomic<int64_t> done = 0;
+  for (size_t next = 0; next < parameters.size();) {
     std::vector<Block> blocks;
     for (int64_t computed = 0; next < parameters.size() && computed < kComputedBytes; ++next) {
       const auto& parameter = parameters[next];
@@ -58,15 +49,113 @@ void write_parameters(const std::vector<PlannedParameter>& parameters, const Ten
           if (!value.is_alias_of(parameter.tensor)) computed += static_cast<int64_t>(value.nbytes());
         }
         const auto& tensor = parameter.plan.tensors[region.tensor];
-        add_blocks(blocks, tensor, region, value, encoder.row_block(tensor));
+        const auto elements = kBlockBytes / static_cast<int64_t>(value.element_size());
+        for (auto& [box, view] : region_blocks(tensor, region, value, elements, encoder.row_block(tensor)))
+          blocks.push_back({&tensor, box, std::move(view)});
       }
     }
-    run_parallel(blocks.size(), io_threads(), [&](size_t index, int) {
+    auto write_block = [&](size_t index, int) {
       const at::NoGradGuard no_grad;
-      const auto& block = blocks[index];
-      encoder.write(*block.tensor, block.box, block.values.to(at::kCPU).contiguous(), writer);
+      auto& block = blocks[index];
+      auto values = block.values.device().is_cpu() ? block.values : block.values.contiguous().to(at::kCPU);
+      if (!values.is_contiguous()) {
+        auto packed = at::empty(values.sizes(), values.options());
+        copy_on_this_thread(packed, values);
+        values = packed;
+      }
+      encoder.write(*block.tensor, block.box, values, writer);
+      done += static_cast<int64_t>(values.nbytes());
+      block.values = at::Tensor();
+    };
+    run_parallel(blocks.size(), io_threads(), write_block, [&] {
+      if (progress) progress(done, total);
     });
   }
+}
+
+/// A converter around the plain encoder: tensors under other names, left out, or (not written here) changed.
+class ConvertingEncoder : public TensorEncoder {
+ public:
+  using Convert = decltype(SaveOptions::convert);
+  ConvertingEncoder(std::unique_ptr<TensorEncoder> plain, const Convert& convert)
+      : plain_(std::move(plain)), convert_(convert) {}
+
+  std::vector<StoredTensor> stored(const HfTensor& tensor) const override {
+    auto parts = plain_->stored(tensor);
+    auto saved = convert_(tensor.name, parts.at(0).shape, parts.at(0).dtype);
+    if (saved) {
+      parts[0].name = saved->name;
+      if (saved->value) parts[0] = {saved->name, saved->shape, saved->dtype};
+    } else {
+      parts.clear();
+    }
+    saved_[tensor.name] = std::move(saved);
+    return parts;
+  }
+  void write(const HfTensor& tensor, const Box& box, const at::Tensor& values, ShardWriter& writer) const override {
+    const auto& saved = saved_.at(tensor.name);
+    if (!saved || saved->value) return;
+    auto renamed = tensor;
+    renamed.name = saved->name;
+    plain_->write(renamed, box, values, writer);
+  }
+
+  std::set<std::string> changed() const {
+    std::set<std::string> names;
+    for (const auto& [name, saved] : saved_)
+      if (saved && saved->value) names.insert(name);
+    return names;
+  }
+  /// Lets a whole tensor through the converter and writes it.
+  void write_changed(const std::string& name, const at::Tensor& tensor, ShardWriter& writer) const {
+    const auto& saved = *saved_.at(name);
+    const auto value = saved.value(tensor.to(at::kCPU)).detach().to(at::kCPU).contiguous();
+    MCB_CHECK(value.sizes() == at::IntArrayRef(saved.shape) && value.scalar_type() == saved.dtype, "converter: '", name,
+              "' became ", value.sizes(), " ", value.scalar_type(), ", it was announced as ",
+              at::IntArrayRef(saved.shape), " ", saved.dtype);
+    writer.write_box(saved.name, value.numel(), {0, 0, 1, value.numel()}, value.const_data_ptr(),
+                     static_cast<uint64_t>(value.element_size()));
+  }
+
+ private:
+  std::unique_ptr<TensorEncoder> plain_;
+  const Convert& convert_;
+  mutable std::map<std::string, std::optional<SavedTensor>> saved_;
+};
+
+/// Collective. Tensors a converter changes are gathered one after the other and written by rank 0.
+void write_changed(const Chunks& chunks, const Selection& selection, const ConvertingEncoder& encoder,
+                   const std::filesystem::path& folder, const ShardLayout& layout) {
+  WeightExporter exporter(chunks, {.peft_format = selection.peft_format,
+                                   .adapter_name = selection.adapter_name,
+                                   .merge_lora = selection.merge_lora,
+                                   .only_master = true,
+                                   .names = encoder.changed()});
+  ShardWriter writer(folder, layout);
+  std::exception_ptr failure;  // the others are still sending: take everything before throwing
+  std::string name;
+  at::Tensor tensor;
+  while (exporter.next(name, tensor)) {
+    try {
+      if (!failure) encoder.write_changed(name, tensor, writer);
+    } catch (...) {
+      failure = std::current_exception();
+    }
+  }
+  if (failure) std::rethrow_exception(failure);
+  writer.sync();
+}
+
+/// All ranks must mean the same files, which a converter that depends on the rank would break.
+void check_same_layout(const ShardLayout& layout, const Group& world) {
+  size_t hash = 0;
+  for (const auto& file : layout.files) hash = hash * 31 + std::hash<std::string>()(file.name + file.header);
+  const auto value = static_cast<int64_t>(hash >> 2);
+  auto ends = at::tensor({value, -value}, at::kLong);
+  world.all_reduce_max(ends);
+  MCB_CHECK(
+      ends[0].item<int64_t>() == -ends[1].item<int64_t>(),
+      "save_weights: the ranks do not agree on the tensors' names and shapes; a converter must do the same on all");
 }
 
 /// Weight files that the new ones stand for.
@@ -89,7 +178,13 @@ void save_weights(const Chunks& chunks, const std::string& folder, const SaveOpt
   const bool leader = parallel.rank == 0;
   auto step = [&](const std::function<void()>& work) { together(parallel.world, work); };
 
-  const auto encoder = plain_encoder(model.config().params_dtype);
+  std::unique_ptr<TensorEncoder> encoder = plain_encoder(model.config().params_dtype);
+  const ConvertingEncoder* converting = nullptr;
+  if (options.convert) {
+    auto wrapped = std::make_unique<ConvertingEncoder>(std::move(encoder), options.convert);
+    converting = wrapped.get();
+    encoder = std::move(wrapped);
+  }
   ShardLayout layout;
   std::vector<PlannedParameter> parameters;
   std::unique_ptr<AtomicFolder> target;
@@ -107,6 +202,7 @@ void save_weights(const Chunks& chunks, const std::string& folder, const SaveOpt
     }
     target = std::make_unique<AtomicFolder>(folder);
   });
+  check_same_layout(layout, parallel.world);
   const auto whole = in_place(chunks, selection);
   try {
     step([&] {
@@ -122,9 +218,11 @@ void save_weights(const Chunks& chunks, const std::string& folder, const SaveOpt
       if (parallel.dp_cp.rank() != 0) return;
       const at::NoGradGuard no_grad;
       ShardWriter writer(target->staging(), layout);
-      write_parameters(parameters, *encoder, writer);
+      write_parameters(parameters, *encoder, writer, options.progress);
       writer.sync();
     });
+    if (converting && !converting->changed().empty())
+      step([&] { write_changed(chunks, selection, *converting, target->staging(), layout); });
     step([&] {
       if (!leader) return;
       for (const auto& [name, content] : options.extra_files) write_file(target->staging() / name, content);

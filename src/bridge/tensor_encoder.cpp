@@ -13,8 +13,8 @@ class PlainEncoder : public TensorEncoder {
     return {{tensor.name, tensor.sizes(), dtype_}};
   }
   void write(const HfTensor& tensor, const Box& box, const at::Tensor& values, ShardWriter& writer) const override {
-    const auto converted = values.to(dtype_);
-    writer.write_box(tensor.name, tensor.cols, box, converted.const_data_ptr(), c10::elementSize(dtype_));
+    const auto converted = values.scalar_type() == dtype_ ? values : values.to(dtype_);
+    writer.write_box(tensor.name, stored_columns(tensor), box, converted.const_data_ptr(), c10::elementSize(dtype_));
   }
 
  private:

@@ -23,9 +23,10 @@ class TensorEncoder {
   /// Called once before any write(), on all ranks of the model-parallel group of one data-parallel replica, with what
   /// this rank holds: the place to agree on what several ranks share (scales of blocks that a split cuts).
   virtual void prepare(const std::vector<PlannedParameter>& parameters, const Group& model) {}
-  /// Regions are cut into blocks at multiples of this many rows of the Hugging Face tensor.
+  /// Regions are cut into blocks at multiples of this many rows of the tensor as it would be stored unencoded.
   virtual int64_t row_block(const HfTensor& tensor) const { return 1; }
-  /// Writes what the values of `box` become. `values`: CPU, contiguous, box.rows x box.cols, the parameter's dtype.
+  /// Writes what the values of `box` become. `values`: CPU, contiguous, the box's rows one after the other, the
+  /// parameter's dtype.
   /// Called from several threads at once.
   virtual void write(const HfTensor& tensor, const Box& box, const at::Tensor& values, ShardWriter& writer) const = 0;
 };

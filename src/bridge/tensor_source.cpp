@@ -48,7 +48,7 @@ OpenedTensor open_plain(const CheckpointReader& reader, const HfTensor& tensor) 
     if (c10::elementSize(entry.dtype) == 1) wrong << " (quantised checkpoints are not read by this version)";
   }
   result.wrong = wrong.str();
-  if (result.wrong.empty()) result.source = std::make_shared<PlainSource>(*found, tensor.cols);
+  if (result.wrong.empty()) result.source = std::make_shared<PlainSource>(*found, stored_columns(tensor));
   return result;
 }
 

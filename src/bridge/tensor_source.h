@@ -13,7 +13,7 @@
 
 namespace mcore_bridge {
 
-/// A box of a matrix, in elements.
+/// A box of a stored tensor, seen as a matrix whose columns are the last dimension (plan.h: stored_box), in elements.
 struct Box {
   int64_t row = 0, col = 0, rows = 0, cols = 0;
   int64_t numel() const { return rows * cols; }
@@ -39,6 +39,9 @@ class TensorSource {
   virtual Position position(const Box& box) const = 0;
   /// Boxes read together should begin at multiples of this many rows (the height of a quantisation block).
   virtual int64_t row_block() const { return 1; }
+  /// Announces, before the first read, a box that will be read exactly once. A source that has to hold something can
+  /// free it after the last.
+  virtual void expect(const Box& box) const {}
 };
 
 /// What a checkpoint has for a tensor of the model.

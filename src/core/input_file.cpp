@@ -13,6 +13,8 @@
 namespace mcore_bridge {
 namespace {
 
+constexpr uint64_t kReadAhead = 256 << 10;  // one piece of advice is cut to what the device takes at once
+
 DescriptorCache& descriptors() {
   static DescriptorCache cache(64);
   return cache;
@@ -82,6 +84,7 @@ std::shared_ptr<const Descriptor> InputFile::open() const {
 
 void InputFile::read(uint64_t offset, void* to, uint64_t bytes) const {
   if (bytes == 0) return;
+  if (bytes > kReadAhead) will_need(offset, bytes);
   read_all(open()->get(), path_, offset, static_cast<char*>(to), bytes);
   bytes_read_ += bytes;
 }
@@ -89,6 +92,9 @@ void InputFile::read(uint64_t offset, void* to, uint64_t bytes) const {
 void InputFile::read_strided(uint64_t offset, uint64_t stride, uint64_t rows, uint64_t piece, void* to) const {
   if (rows == 0 || piece == 0) return;
   if (piece == stride) return read(offset, to, rows * piece);
+  // Small pieces far apart defeat the kernel's own reading ahead; the ranks beside this one need what lies between.
+  const bool dense = stride <= kReadAhead;
+  if (dense) will_need(offset, (rows - 1) * stride + piece);
   const auto file = open();
   for (uint64_t row = 0; row < rows; ++row)
     read_all(file->get(), path_, offset + row * stride, static_cast<char*>(to) + row * piece, piece);
@@ -96,7 +102,11 @@ void InputFile::read_strided(uint64_t offset, uint64_t stride, uint64_t rows, ui
 }
 
 void InputFile::will_need(uint64_t offset, uint64_t bytes) const {
-  ::posix_fadvise(open()->get(), static_cast<off_t>(offset), static_cast<off_t>(bytes), POSIX_FADV_WILLNEED);
+  const auto file = open();
+  for (const auto end = offset + bytes; offset < end; offset += kReadAhead) {
+    const auto some = std::min(kReadAhead, end - offset);
+    ::posix_fadvise(file->get(), static_cast<off_t>(offset), static_cast<off_t>(some), POSIX_FADV_WILLNEED);
+  }
 }
 
 }  // namespace mcore_bridge

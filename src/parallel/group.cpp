@@ -233,6 +233,23 @@ std::shared_ptr<Group::Pending> Group::start_exchange(std::vector<Message> messa
   return std::make_shared<PendingWorks>(std::move(sends), std::move(receives), std::move(alive));
 }
 
+std::shared_ptr<Group::Pending> Group::start_broadcasts(std::vector<std::pair<at::Tensor, int>> tensors) const {
+  if (tensors.empty() || size() == 1) return nullptr;
+  Works works;
+  std::vector<at::Tensor> alive;
+  for (auto& [tensor, root] : tensors) {
+    TORCH_INTERNAL_ASSERT(tensor.is_contiguous());
+    count(Operation::kBroadcast, tensor.nbytes(), root == rank_);
+    alive.push_back(tensor);
+    std::vector<at::Tensor> one{tensor};
+    c10d::BroadcastOptions options;
+    options.rootRank = root;
+    options.asyncOp = true;
+    works.push_back(backend_->process_group->broadcast(one, options));
+  }
+  return std::make_shared<PendingWorks>(Works{}, std::move(works), std::move(alive));
+}
+
 std::shared_ptr<Group::Pending> Group::exchange(std::vector<Message> messages) const {
   if (messages.empty()) return nullptr;
   const auto operation = messages.front().send ? Operation::kSend : Operation::kReceive;

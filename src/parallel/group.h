@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "parallel/communication.h"
@@ -62,6 +63,9 @@ class Group {
 
   /// Starts all sends and receives and returns at once: received tensors are whole after wait().
   std::shared_ptr<Pending> start_exchange(std::vector<Message> messages) const;
+  /// Starts a broadcast of every tensor (contiguous) from its root (a place in the group), in this order, and returns
+  /// at once: tensors are whole after wait().
+  std::shared_ptr<Pending> start_broadcasts(std::vector<std::pair<at::Tensor, int>> tensors) const;
   /// Starts all, waits for the receives; sends may still be under way.
   std::shared_ptr<Pending> exchange(std::vector<Message> messages) const;
 

@@ -1,10 +1,13 @@
 #include "bridge/safetensors_file.h"
 
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <memory>
+#include <sstream>
 
 #include "bridge/checkpoint_reader.h"
 #include "mcore_bridge/error.h"
@@ -97,6 +100,81 @@ TEST_F(SafetensorsTest, EveryDefectIsNamed) {
   EXPECT_ERROR(with_header(twice, "12345678"), "twice");
   EXPECT_ERROR(with_header(R"({"__metadata__":{"x":1}})", ""), "__metadata__");
   EXPECT_ERROR(with_header(R"({"__metadata__":[]})", ""), "__metadata__");
+}
+
+TEST_F(SafetensorsTest, HandMadeFilesOfTheFuzzerAreJudgedByTheirNames) {
+  int bad = 0, good = 0;
+  for (const auto& file : fs::directory_iterator(MCB_FUZZ_CORPUS)) {
+    const auto name = file.path().filename().string();
+    const bool refuse = name.starts_with("bad_");
+    auto open = [&] {
+      if (file.path().extension() == ".json") {
+        std::stringstream text;
+        text << std::ifstream(file.path(), std::ios::binary).rdbuf();
+        parse_index(text.str(), name);
+      } else {
+        SafetensorsFile opened(file.path().string());
+      }
+    };
+    if (refuse) {
+      EXPECT_THROW(open(), ValueError) << name;
+    } else {
+      EXPECT_NO_THROW(open()) << name;
+    }
+    ++(refuse ? bad : good);
+  }
+  EXPECT_GT(bad, 60);
+  EXPECT_GT(good, 8);
+}
+
+TEST_F(SafetensorsTest, AFileThatShrinksOrIsReplacedIsAnError) {
+  const auto path = write(with_header(kGood, "12345678x"));
+  const SafetensorsFile file(path);
+  char bytes[9];
+  fs::resize_file(path, fs::file_size(path) - 4);
+  EXPECT_THROW(file.input().read(file.offset(file.entries().at("a")), bytes, 8), IoError);
+  // Among more files than are kept open, one that was replaced meanwhile is noticed when it is opened again.
+  const SafetensorsFile first(write(with_header(kGood, "12345678x"), "first.safetensors"));
+  std::vector<std::unique_ptr<SafetensorsFile>> others;
+  for (int i = 0; i < 100; ++i)
+    others.push_back(
+        std::make_unique<SafetensorsFile>(write(with_header(kGood, "12345678x"), std::to_string(i) + ".safetensors")));
+  first.input().read(first.offset(first.entries().at("a")), bytes, 8);
+  for (const auto& other : others) other->input().read(other->offset(other->entries().at("a")), bytes, 8);
+  EXPECT_LT(std::distance(fs::directory_iterator("/proc/self/fd"), {}), 90);
+  fs::remove(first.path());
+  write(with_header(kGood, "abcdefghx"), "first.safetensors");
+  EXPECT_THROW(first.input().read(first.offset(first.entries().at("a")), bytes, 8), IoError);
+}
+
+TEST_F(SafetensorsTest, OddFilesInPlaceOfShards) {
+  fs::create_symlink("loop.safetensors", folder_ / "loop.safetensors");
+  EXPECT_THROW(SafetensorsFile((folder_ / "loop.safetensors").string()), IoError);
+  ASSERT_EQ(::mkfifo((folder_ / "fifo.safetensors").c_str(), 0600), 0);
+  EXPECT_THROW(SafetensorsFile((folder_ / "fifo.safetensors").string()), ValueError);
+  write("", "model.safetensors");
+  EXPECT_THROW(CheckpointReader(folder_.string(), false), ValueError);
+  write(R"({"weight_map":{"a":"loop.safetensors"}})", "model.safetensors.index.json");
+  EXPECT_THROW(CheckpointReader(folder_.string(), false), Error);
+}
+
+TEST_F(SafetensorsTest, PositionsBeyondTwoGiB) {
+  // A sparse file of 3 GiB with a tensor at its end.
+  const uint64_t gap = 3ull << 30;
+  const auto header = R"({"a":{"dtype":"U8","shape":[)" + std::to_string(gap) + R"(],"data_offsets":[0,)" +
+                      std::to_string(gap) + R"(]},"b":{"dtype":"U8","shape":[3],"data_offsets":[)" +
+                      std::to_string(gap) + "," + std::to_string(gap + 3) + "]}}";
+  const auto path = write(with_header(header, ""));
+  fs::resize_file(path, 8 + header.size() + gap + 3);
+  {
+    std::fstream file(path, std::ios::in | std::ios::out | std::ios::binary);
+    file.seekp(static_cast<std::streamoff>(8 + header.size() + gap));
+    file << "end";
+  }
+  const SafetensorsFile file(path);
+  std::string text(3, ' ');
+  file.input().read(file.offset(file.entries().at("b")), text.data(), 3);
+  EXPECT_EQ(text, "end");
 }
 
 TEST_F(SafetensorsTest, MissingFilesAndFolders) {
