@@ -5,7 +5,7 @@
 
 #include <mutex>
 
-#include "bridge/block_loader.h"
+#include "bridge/region_blocks.h"
 #include "bridge/shard_writer.h"
 #include "core/crc32c.h"
 #include "core/thread_pool.h"

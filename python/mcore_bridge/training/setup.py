@@ -40,8 +40,6 @@ def build_models(arguments, config, folder, checkpoint):
     from ..cli.session import load_adapter
 
     if arguments.deterministic_mode:
-        import torch
-
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     mb.set_random_seed(arguments.seed)
     models = mb.get_mcore_model(config)

@@ -193,7 +193,7 @@ TEST(BucketLayout, CoversEverythingOnce) {
   std::vector<LayoutItem> items;
   for (int i = 0; i < 23; ++i)
     items.push_back({.elements = 1 + i * 37 % 401, .shards = 3, .key = i % 2, .order = i % 3, .whole = i % 2 == 1});
-  const auto buckets = layout_buckets(items, 900);
+  const auto buckets = layout_buckets(items, 500);
   EXPECT_GT(buckets.size(), 4u);
   std::vector<int> seen(items.size());
   int previous = static_cast<int>(items.size());
