@@ -130,5 +130,5 @@ def test_the_rank_that_throws_speaks_alone(tmp_path):
 def test_a_hang_names_the_operation_and_who_is_missing(tmp_path):
     said, everything = ends("hang", tmp_path / "three", 90)
     assert len(said) == 1 and "all_reduce of [" in said[0] and "in group " in said[0] and "(ranks 0, 1, 2)" in said[0], everything
-    assert "rank 1 never came: its last was all_reduce (number" in everything
+    assert "rank 1 never came: its last was all_gather (number" in everything
     assert "rank 2 never came" not in everything and "rank 0 never came" not in everything
