@@ -251,6 +251,10 @@ class Run:
         )  # fmt: skip
         if peak := peak_tflops():
             record["mfu"] = tflops / peak
+        if result.loss_scale != 1:
+            record.update(loss_scale=result.loss_scale, skipped_steps=result.skipped_steps)
+        if result.skipped:
+            self.progress.say(f"step {result.iteration} skipped: gradients overflowed at loss scale {result.loss_scale:g}")
         self.progress.step(record, show=last or result.iteration == 1 or result.iteration % a.logging_steps == 0)
 
     def _save(self, final):
