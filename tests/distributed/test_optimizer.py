@@ -42,6 +42,9 @@ LAYOUTS = {
     "dp4": (4, dict()),
     "tp2_dp2": (4, dict(tp=2, sp=True)),
     "pp2_dp2": (4, dict(pp=2)),
+    "vpp2_dp2": (4, dict(pp=2, vpp=2)),
+    "zb_dp2": (4, dict(pp=2, fields=dict(pipeline_schedule="zb-h1"))),
+    "cp2_dp2": (4, dict(cp=2)),
     "tp4": (4, dict(tp=4)),
 }
 FAST = [
@@ -51,6 +54,8 @@ FAST = [
     ],
     *[("adam", mode, "tp2_dp2") for mode in ("overlap", "zero3")],
     *[("adam", mode, "pp2_dp2") for mode in ("overlap", "zero3")],
+    *[("adam", "zero3", layout) for layout in ("vpp2_dp2", "zb_dp2", "cp2_dp2")],
+    ("adam", "overlap", "zb_dp2"),
     *[("unclipped", mode, "dp2") for mode in ("plain", "overlap")],
     ("lora", "zero3", "dp2"),
     ("lora_recompute", "zero3", "pp2_dp2"),

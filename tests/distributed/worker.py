@@ -180,6 +180,8 @@ def run(case, folder):
     out = case.get("save")
     if out:
         config.bridge.save_weights(models, out, max_shard_size="50KB")
+    with mb.materialised(models):
+        alike = held_alike(models, state)
     mb.destroy_model_parallel()
     return dict(
         losses=losses,
@@ -192,7 +194,7 @@ def run(case, folder):
         volume=volume,
         loss_tokens=loss_tokens,
         memory=memory,
-        alike=held_alike(models, state),
+        alike=alike,
     )
 
 
