@@ -1,6 +1,7 @@
 #include "layers/offload.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/core/Event.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -111,7 +112,7 @@ class OffloadedBlock {
 };
 
 void ActivationOffload::keep(const at::Tensor& tensor) {
-  if (collecting && tensor.defined()) collecting->kept_.push_back(tensor);
+  if (collecting && at::GradMode::is_enabled() && tensor.defined()) collecting->kept_.push_back(tensor);
 }
 
 ActivationOffload::Block::Block() : outer_(collecting) { collecting = this; }

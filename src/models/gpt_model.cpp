@@ -162,7 +162,8 @@ at::Tensor GPTModel::run_layers(at::Tensor x, const AttentionInput& attention) {
   for (size_t first = 0; first < count; first += unit) {
     if (first < offloaded) {
       ActivationOffload::Block block;
-      x = layers_[first]->forward(x, attention);
+      x = run_unit(static_cast<int>(first) + 1, x,
+                   [&](const at::Tensor& z) { return layers_[first]->forward(z, attention); });
       if (x.requires_grad()) before = block.leave(x, before);
       continue;
     }
