@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "layers/overlapped_matmul.h"
+#include "layers/weight_gradients.h"
 
 namespace mcore_bridge {
 namespace {
@@ -30,6 +31,15 @@ struct GroupHolder : torch::CustomClassHolder {
   bool overlap;
   GroupHolder(Group g, bool o) : group(std::move(g)), overlap(o) {}
 };
+
+/// dW = grad^T x, or undefined when the schedule wants it later.
+at::Tensor weight_gradient(const at::Tensor& weight, const at::Tensor& grad, const at::Tensor& x) {
+  if (auto* later = WeightGradients::current()) {
+    later->add(weight, [grad, x] { return at::mm(grad.t(), x); });
+    return {};
+  }
+  return at::mm(grad.t(), x);
+}
 
 void keep_group(AutogradContext* context, const Group& group, bool overlap) {
   context->saved_data["group"] = at::IValue::make_capsule(c10::make_intrusive<GroupHolder>(group, overlap));
@@ -68,7 +78,7 @@ struct Gathered : Function<Gathered> {
       if (wants_x) result[0] = kept.group.reduce_scatter(shaped(at::mm(grad, weight), grads[0]));
       if (wants_weight) whole = matrix(kept.group.all_gather(x));
     }
-    if (wants_weight) result[1] = at::mm(grad.t(), whole);
+    if (wants_weight) result[1] = weight_gradient(weight, grad, whole);
     if (context->saved_data["bias"].toBool() && context->needs_input_grad(2)) result[2] = grad.sum(0);
     return result;
   }
@@ -101,7 +111,7 @@ struct Scattered : Function<Scattered> {
       whole = matrix(kept.group.all_gather(grads[0]));
       if (wants_x) result[0] = shaped(at::mm(whole, weight), grads[0]);
     }
-    if (wants_weight) result[1] = at::mm(whole.t(), matrix(x));
+    if (wants_weight) result[1] = weight_gradient(weight, whole, matrix(x));
     if (context->saved_data["addend"].toBool() && context->needs_input_grad(2)) result[2] = shaped(whole, grads[0]);
     return result;
   }
