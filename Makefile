@@ -10,13 +10,13 @@ SOURCES := $(shell find src include cmake -type f) CMakeLists.txt
 TEST_SOURCES := $(wildcard tests/cpp/*.txt tests/cpp/*/*.cpp)
 PYTEST := $(RUN) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q --timeout=1200
 
-.PHONY: help setup build demo demo-pt test test-all fuzz lint bench clean
+.PHONY: help setup build demo demo-pt test test-all fuzz lint bench bench-gpu clean
 help:
 	@echo "make demo      set up, build, fine-tune SmolLM2-135M-Instruct on CPU processes and compare (MODEL=<folder or hub id>: yours)"
 	@echo "make demo-pt   pre-train a small Qwen3 from scratch"
 	@echo "make test      build what is missing and run the tests; make test-all: the slow ones too"
 	@echo "make fuzz      throw damaged bytes at the checkpoint parsers for a minute (installs clang; part of test-all)"
-	@echo "make lint | bench | setup | build | clean"
+	@echo "make lint | bench | bench-gpu | setup | build | clean"
 
 # Distribution packages, the virtual environment, PyPI packages.
 setup: $(VENV)/.ready
@@ -65,6 +65,10 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check python tests examples benchmarks scripts fuzz
 	$(BIN)/clang-format --dry-run --Werror $$(find src include tests/cpp examples/cpp fuzz -name '*.cpp' -o -name '*.h')
 	$(BIN)/python scripts/check_includes.py
+	scripts/check_cuda.sh
+
+bench-gpu: build
+	$(RUN) $(BIN)/python benchmarks/gpu.py
 
 bench: build
 	$(RUN) $(BIN)/python benchmarks/train_step.py

@@ -33,7 +33,10 @@ struct ForwardInput {
   at::Tensor
       attention_mask;  ///< undefined: causal; [b, s] 1 = token, 0 = padding; or bool [b, 1, s, s] with true = masked
   at::Tensor labels;   ///< int64 [b, s]; -100: no loss; undefined: return logits
-  at::Tensor hidden;   ///< [s (/ tp with sequence parallelism), b, h] from the previous stage
+  /// With labels: what each token's loss counts. forward then returns the weighted sum of all losses instead of the
+  /// losses, and never holds the logits.
+  std::optional<double> loss_weight;
+  at::Tensor hidden;  ///< [s (/ tp with sequence parallelism), b, h] from the previous stage
   std::optional<PackedSeqParams> packed;
 };
 
@@ -46,8 +49,9 @@ std::shared_ptr<GPTModel> build_model(const ModelConfig& config, ParallelStatePt
 /// One rank, no process group.
 std::shared_ptr<GPTModel> build_model(const ModelConfig& config, const std::string& device = "cpu");
 
-/// The chunk's output: hidden states [s', b, h] before the last stage; per-token loss [b, s] when labels are given;
-/// else logits [b, s, vocab / tp] (this rank's slice) or [b, s, vocab] when `gather_output`.
+/// The chunk's output: hidden states [s', b, h] before the last stage; per-token loss [b, s] when labels are given
+/// (with loss_weight their weighted sum, a float64 scalar); else logits [b, s, vocab / tp] (this rank's slice) or [b,
+/// s, vocab] when `gather_output`.
 at::Tensor forward(GPTModel& model, const ForwardInput& input, bool gather_output = false);
 
 /// Runs `input` through every pipeline stage and returns the last stage's output on all of them: whole logits [b, s,

@@ -18,5 +18,6 @@ void init_bridge(py::module_& module);
 void init_train(py::module_& module);
 void init_training_checkpoint(py::module_& module);
 void init_schedule(py::module_& module);
+void init_kernels(py::module_& module);
 
 }  // namespace mcore_bridge

@@ -38,4 +38,5 @@ PYBIND11_MODULE(_core, module) {
   init_train(module);
   init_training_checkpoint(module);
   init_schedule(module);
+  init_kernels(module);
 }

@@ -1,10 +1,13 @@
 #include "layers/cross_entropy.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
-#include <limits>
+
+#include "kernels/cross_entropy.h"
+#include "layers/main_gradient.h"
 
 namespace mcore_bridge {
 namespace {
@@ -14,70 +17,141 @@ using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
 constexpr int64_t kIgnore = -100;
-constexpr int64_t kChunkElements = 1 << 25;  // bounds the fp32 temporaries to 128 MiB whatever the batch
 
-/// Calls f(first row, rows) over row chunks whose fp32 copies stay small.
-template <class F>
-void for_row_chunks(int64_t rows, int64_t columns, F f) {
-  const auto chunk = std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, columns));
-  for (int64_t first = 0; first < rows; first += chunk) f(first, std::min(chunk, rows - first));
+/// The real columns of a rank that holds `local` of them, padding included.
+VocabColumns columns_of(int64_t local, int64_t vocab_size, const Group& group) {
+  const auto first = group.rank() * local;
+  return {.first = first, .count = std::clamp<int64_t>(vocab_size - first, 0, local)};
+}
+
+/// Statistics of the whole vocabulary from each rank's.
+void join(SoftmaxStatistics& statistics, const Group& group) {
+  if (group.size() == 1) return;
+  auto maximum = statistics.maximum.contiguous().clone();
+  group.all_reduce_max(maximum);
+  auto sums = at::stack({statistics.sum * (statistics.maximum - maximum).exp_(), statistics.target});
+  group.all_reduce(sums);
+  statistics = {maximum, sums[0], sums[1]};
+}
+
+at::Tensor losses_of(const SoftmaxStatistics& statistics, const at::Tensor& labels) {
+  return (statistics.sum.log() + statistics.maximum).sub_(statistics.target).masked_fill_(labels.eq(kIgnore), 0);
 }
 
 struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& logits, const at::Tensor& labels,
                             int64_t vocab_size, const Group* group) {
-    const auto local = logits.size(-1), rows = labels.numel();
-    const auto first_column = group->rank() * local;
-    const auto columns = std::clamp<int64_t>(vocab_size - first_column, 0, local);
-    const auto matrix = logits.reshape({rows, local});
-    const auto targets = labels.reshape({rows});
-    // Column of the target here; out of range where another rank holds it or the token carries no loss.
-    const auto here = targets.ge(first_column).logical_and_(targets.lt(first_column + columns));
-    const auto column = (targets - first_column).masked_fill_(here.logical_not(), 0);
-
-    const auto fp32 = logits.options().dtype(at::kFloat);
-    auto maximum = at::full({rows}, -std::numeric_limits<float>::infinity(), fp32);
-    if (columns > 0) maximum.copy_(matrix.narrow(1, 0, columns).amax(1));
-    group->all_reduce_max(maximum);
-    auto sums = at::zeros({2, rows}, fp32);  // sum of exponentials; logit of the target
-    if (columns > 0) {
-      for_row_chunks(rows, columns, [&](int64_t first, int64_t count) {
-        auto shifted = matrix.narrow(0, first, count).narrow(1, 0, columns).to(at::kFloat) -
-                       maximum.narrow(0, first, count).unsqueeze(1);
-        auto target = shifted.gather(1, column.narrow(0, first, count).unsqueeze(1)).squeeze(1);
-        sums[1].narrow(0, first, count).copy_(target.masked_fill_(here.narrow(0, first, count).logical_not(), 0));
-        sums[0].narrow(0, first, count).copy_(shifted.exp_().sum(1));
-      });
-    }
-    group->all_reduce(sums);
-    auto loss = (sums[0].log() - sums[1]).masked_fill_(targets.eq(kIgnore), 0);
-    const auto log_sum = sums[0].log() + maximum;
-    context->save_for_backward({logits, log_sum, column, here, targets});
-    context->saved_data["columns"] = columns;
-    return loss.reshape(labels.sizes());
+    const auto matrix = logits.reshape({labels.numel(), logits.size(-1)}).contiguous();
+    const auto targets = labels.reshape({-1});
+    const auto columns = columns_of(logits.size(-1), vocab_size, *group);
+    auto statistics = softmax_statistics(matrix, targets, columns);
+    join(statistics, *group);
+    context->save_for_backward({matrix, targets, statistics.maximum, statistics.sum, statistics.target});
+    context->saved_data["first"] = columns.first;
+    context->saved_data["count"] = columns.count;
+    return losses_of(statistics, targets).reshape(labels.sizes());
   }
 
   static variable_list backward(AutogradContext* context, variable_list grads) {
     const auto saved = context->get_saved_variables();
-    const auto& logits = saved[0];
-    const auto columns = context->saved_data["columns"].toInt();
-    const auto local = logits.size(-1), rows = saved[1].numel();
-    const auto matrix = logits.reshape({rows, local});
-    auto grad = at::empty({rows, local}, logits.options());
-    if (columns < local) grad.narrow(1, columns, local - columns).zero_();
-    const auto scale = grads[0].reshape({rows}).to(at::kFloat).masked_fill(saved[4].eq(kIgnore), 0);
-    if (columns > 0) {
-      for_row_chunks(rows, columns, [&](int64_t first, int64_t count) {
-        auto probability = (matrix.narrow(0, first, count).narrow(1, 0, columns).to(at::kFloat) -
-                            saved[1].narrow(0, first, count).unsqueeze(1))
-                               .exp_();
-        probability.scatter_add_(1, saved[2].narrow(0, first, count).unsqueeze(1),
-                                 saved[3].narrow(0, first, count).to(at::kFloat).neg().unsqueeze(1));
-        probability.mul_(scale.narrow(0, first, count).unsqueeze(1));
-        grad.narrow(0, first, count).narrow(1, 0, columns).copy_(probability);
-      });
+    auto sizes = grads[0].sizes().vec();
+    sizes.push_back(saved[0].size(1));
+    const auto grad = saved[0].clone();
+    softmax_gradient_(grad, saved[1], {context->saved_data["first"].toInt(), context->saved_data["count"].toInt()},
+                      {saved[2], saved[3], saved[4]}, grads[0].reshape({-1}), 1);
+    return {grad.view(sizes), Variable(), Variable(), Variable()};
+  }
+};
+
+constexpr int64_t kChunkBytes = int64_t{512} << 20;  // of logits that exist at a time
+
+/// Rows of a chunk: even chunks, of a multiple of 128 rows for the matrix products.
+int64_t chunk_rows(int64_t rows, int64_t row_bytes) {
+  const auto most = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, row_bytes));
+  const auto chunks = (rows + most - 1) / most, even = (rows + chunks - 1) / chunks;
+  return std::min(rows, (even + 127) / 128 * 128);
+}
+
+struct Holder : torch::CustomClassHolder {
+  Holder(Group g, std::shared_ptr<MainGradient> m) : group(std::move(g)), main(std::move(m)) {}
+  Group group;
+  std::shared_ptr<MainGradient> main;  ///< of the weight
+};
+
+struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x_sbh, const at::Tensor& weight,
+                            const at::Tensor& labels, const LinearCrossEntropyOptions* options, const Group* group,
+                            bool wants_x, bool wants_weight) {
+    const bool scattered = options->sequence_parallel && group->size() > 1;
+    const auto input = scattered ? group->all_gather(x_sbh) : x_sbh;
+    const auto x = input.reshape({-1, input.size(-1)}).contiguous();
+    const auto targets = labels.reshape({-1}).contiguous();
+    const auto rows = x.size(0), local = weight.size(0);
+    const auto columns = columns_of(local, options->vocab_size, *group);
+    // Low precision sums over chunks in fp32.
+    const auto wide = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    at::Tensor grad_x, grad_weight;
+    if (wants_x) grad_x = at::empty(x.sizes(), x.options());
+    if (wants_weight) grad_weight = at::empty(weight.sizes(), weight.options().dtype(wide));
+    auto loss = at::zeros({}, x.options().dtype(at::kDouble));
+    const auto step = chunk_rows(rows, local * x.element_size());
+    const auto buffer = at::empty({step, local}, x.options());
+    for (int64_t first = 0; first < rows; first += step) {
+      const auto count = std::min(step, rows - first);
+      const auto part = x.narrow(0, first, count), label = targets.narrow(0, first, count);
+      auto logits = buffer.narrow(0, 0, count);
+      at::mm_out(logits, part, weight.t());
+      SoftmaxStatistics statistics;
+      const bool gradients = wants_x || wants_weight;
+      if (group->size() == 1 && gradients) {
+        statistics = softmax_statistics_and_gradient_(logits, label, columns, options->loss_weight);
+      } else {
+        statistics = softmax_statistics(logits, label, columns);
+        join(statistics, *group);
+        if (gradients) softmax_gradient_(logits, label, columns, statistics, {}, options->loss_weight);
+      }
+      loss.add_(losses_of(statistics, label).sum(at::kDouble), options->loss_weight);
+      if (wants_x) {
+        auto grad = grad_x.narrow(0, first, count);
+        at::mm_out(grad, logits, weight);
+      }
+      if (wants_weight) accumulate_product(grad_weight, logits, part, first > 0);
     }
-    return {grad.reshape(logits.sizes()), Variable(), Variable(), Variable()};
+    if (wants_x) grad_x = grad_x.view(input.sizes());
+    const auto main = wants_weight ? main_gradient(weight) : nullptr;
+    if (wants_weight && !main) grad_weight = grad_weight.to(weight.scalar_type());
+    context->save_for_backward({grad_x, grad_weight});
+    context->saved_data["scattered"] = scattered;
+    context->saved_data["holder"] = at::IValue::make_capsule(c10::make_intrusive<Holder>(*group, main));
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list grads) {
+    const auto saved = context->get_saved_variables();
+    const auto capsule = context->saved_data["holder"].toCapsule();
+    const auto* holder = static_cast<const Holder*>(capsule.get());
+    const auto& group = holder->group;
+    variable_list result(7);
+    auto scaled = [&](const at::Tensor& gradient) { return gradient.mul(grads[0].to(gradient.scalar_type())); };
+    if (context->needs_input_grad(0)) {
+      auto grad = scaled(saved[0]);
+      if (context->saved_data["scattered"].toBool()) {
+        grad = group.reduce_scatter(grad);
+      } else {
+        group.all_reduce(grad);
+      }
+      result[0] = grad;
+    }
+    if (context->needs_input_grad(1) && holder->main) {
+      auto& [grad, fresh, added] = *holder->main;
+      const auto scale = grads[0].to(grad.scalar_type());
+      fresh ? at::mul_out(grad, saved[1], scale) : grad.addcmul_(saved[1], scale);
+      fresh = false;
+      added = true;
+    } else if (context->needs_input_grad(1)) {
+      result[1] = scaled(saved[1]);
+    }
+    return result;
   }
 };
 
@@ -86,6 +160,13 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
 at::Tensor vocab_parallel_cross_entropy(const at::Tensor& logits_sbv, const at::Tensor& labels_sb, int64_t vocab_size,
                                         const Group& group) {
   return CrossEntropy::apply(logits_sbv, labels_sb, vocab_size, &group);
+}
+
+at::Tensor linear_cross_entropy(const at::Tensor& x_sbh, const at::Tensor& weight, const at::Tensor& labels_sb,
+                                const LinearCrossEntropyOptions& options, const Group& group) {
+  const bool grad = at::GradMode::is_enabled();
+  return LinearCrossEntropy::apply(x_sbh, weight, labels_sb, &options, &group, grad && x_sbh.requires_grad(),
+                                   grad && weight.requires_grad());
 }
 
 }  // namespace mcore_bridge

@@ -1,4 +1,4 @@
-// Cross entropy over a vocabulary that is split over the tensor-parallel ranks; the whole logits never exist.
+// Cross entropy over a vocabulary that is split over the tensor-parallel ranks.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,5 +11,17 @@ namespace mcore_bridge {
 /// (counted over all ranks) are padding; `labels_sb`: int64, -100 gives loss 0 and no gradient. Sums run in fp32.
 at::Tensor vocab_parallel_cross_entropy(const at::Tensor& logits_sbv, const at::Tensor& labels_sb, int64_t vocab_size,
                                         const Group& group);
+
+struct LinearCrossEntropyOptions {
+  int64_t vocab_size = 0;  ///< over all ranks; columns from there on are padding
+  bool sequence_parallel = false;
+  double loss_weight = 1;  ///< what each token's loss counts
+};
+
+/// The sum of loss_weight * loss over all tokens for logits = x W^T, a float64 scalar. Works through chunks of rows and
+/// makes the gradients of x and W on the way, so that the logits never exist. `x_sbh` [s', b, h]; `weight` [local
+/// vocabulary, h]; `labels_sb` as above.
+at::Tensor linear_cross_entropy(const at::Tensor& x_sbh, const at::Tensor& weight, const at::Tensor& labels_sb,
+                                const LinearCrossEntropyOptions& options, const Group& group);
 
 }  // namespace mcore_bridge

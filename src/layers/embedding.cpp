@@ -55,7 +55,7 @@ std::vector<NamedParameter> OutputLayer::own_parameters() const {
 at::Tensor OutputLayer::forward(const at::Tensor& x_sbh, const at::Tensor& tied) const {
   const auto& tp = parallel_->tp;
   const auto x = options_.sequence_parallel ? gather_sequence(x_sbh, tp) : copy_to_region(x_sbh, tp);
-  return linear_map(x, weight_.defined() ? weight_ : tied);
+  return linear_map(x, weight(tied));
 }
 
 }  // namespace mcore_bridge

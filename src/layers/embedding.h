@@ -37,6 +37,8 @@ class OutputLayer : public Module {
   std::vector<NamedParameter> own_parameters() const override;
   /// [s', b, h] -> [s, b, local vocabulary]; `tied` is the embedding matrix when this layer has none of its own.
   at::Tensor forward(const at::Tensor& x_sbh, const at::Tensor& tied) const;
+  /// The matrix in use.
+  const at::Tensor& weight(const at::Tensor& tied) const { return weight_.defined() ? weight_ : tied; }
 
  private:
   VocabOptions options_;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "layers/activation.h"
 #include "layers/norm.h"
 #include "layers/offload.h"
 #include "layers/sequence_linear.h"
@@ -15,13 +16,6 @@
 
 namespace mcore_bridge {
 namespace {
-
-/// Widths of the fused parts inside one block of the local output, and how many such blocks there are: one block per
-/// key/value head for QKV, a single block otherwise.
-struct PartLayout {
-  int64_t blocks = 1;
-  std::vector<int64_t> widths;
-};
 
 PartLayout part_layout(const LinearOptions& options, int tp) {
   const int split = options.shard == Shard::kColumn ? tp : 1;
@@ -38,18 +32,12 @@ PartLayout part_layout(const LinearOptions& options, int tp) {
   }
 }
 
-int64_t total(const PartLayout& layout) {
-  int64_t sum = 0;
-  for (auto width : layout.widths) sum += width;
-  return sum * layout.blocks;
-}
-
 }  // namespace
 
 ParallelLinear::ParallelLinear(LinearOptions options, ParallelStatePtr parallel, at::TensorOptions tensor_options)
     : options_(options), parallel_(std::move(parallel)) {
   const auto tp = parallel_->tp.size();
-  const auto rows = total(part_layout(options_, tp));
+  const auto rows = part_layout(options_, tp).rows();
   const auto columns = options_.shard == Shard::kRow ? options_.in / tp : options_.in;
   weight_ = at::empty({rows, columns}, tensor_options).requires_grad_(true);
   if (options_.bias) bias_ = at::empty({rows}, tensor_options).requires_grad_(true);
@@ -109,84 +97,87 @@ std::vector<NamedParameter> ParallelLinear::own_parameters() const {
   return result;
 }
 
-at::Tensor ParallelLinear::forward(const at::Tensor& x_sbh) {
+LinearOutput ParallelLinear::forward(const at::Tensor& x_sbh, const at::Tensor& delta) {
+  const bool norm = layer_norm_weight_.defined();
+  if (sharded()) {
+    const auto sum = delta.defined() ? x_sbh + delta : x_sbh;
+    ActivationOffload::keep(sum);
+    return {forward_sharded(norm ? rms_norm(sum, layer_norm_weight_, options_.norm_epsilon, options_.norm_zero_centered)
+                                 : sum),
+            sum};
+  }
+  LinearPlan plan;
+  if (norm) {
+    plan.prologue = LinearPlan::Prologue::kNorm;
+    plan.norm = {.epsilon = options_.norm_epsilon, .zero_centered = options_.norm_zero_centered};
+  }
+  return run(x_sbh, delta, std::move(plan));
+}
+
+at::Tensor ParallelLinear::forward_gated(const at::Tensor& x_sbh, Activation activation) {
+  TORCH_INTERNAL_ASSERT(!layer_norm_weight_.defined());
+  if (sharded()) return forward_sharded(gated_activation(x_sbh, activation));
+  LinearPlan plan;
+  plan.prologue = LinearPlan::Prologue::kGated;
+  plan.activation = activation;
+  return run(x_sbh, {}, std::move(plan)).y;
+}
+
+RandomStream ParallelLinear::dropout_stream() const {
+  const bool alike = options_.shard == Shard::kColumn && !sharded();
+  return alike ? RandomStream::kReplicated : RandomStream::kSplit;
+}
+
+LinearOutput ParallelLinear::run(const at::Tensor& x, const at::Tensor& delta, LinearPlan plan) const {
+  plan.layout = part_layout(options_, parallel_->tp.size());
+  plan.column = options_.shard == Shard::kColumn;
+  plan.group = parallel_->tp;
+  LinearTensors tensors{
+      .x_sbh = x, .delta = delta, .weight = weight_, .bias = bias_, .norm_weight = layer_norm_weight_};
+  bool draws = false;
+  for (const auto& [name, adapter] : adapters_) {
+    plan.adapters.push_back(
+        {.parts = adapter.parts, .scaling = adapter.scaling, .dropout = training() ? adapter.dropout : 0});
+    tensors.a.push_back(adapter.a);
+    tensors.b.push_back(adapter.b);
+    draws = draws || plan.adapters.back().dropout > 0;
+  }
+  std::optional<RandomScope> scope;
+  if (draws) scope.emplace(dropout_stream(), *parallel_, x.device());
+  auto output = linear(plan, tensors);
+  ActivationOffload::keep(output.sum.defined() ? output.sum : x);
+  return output;
+}
+
+at::Tensor ParallelLinear::forward_sharded(const at::Tensor& x) const {
   const auto& tp = parallel_->tp;
-  auto x = x_sbh;
-  if (layer_norm_weight_.defined())
-    x = rms_norm(x, layer_norm_weight_, options_.norm_epsilon, options_.norm_zero_centered);
-  ActivationOffload::keep(x_sbh);
   ActivationOffload::keep(x);
   if (options_.shard == Shard::kColumn) {
-    at::Tensor y;
-    if (sharded()) {
-      y = gathered_linear(x, weight_, bias_, tp, options_.overlap);
-    } else {
-      x = copy_to_region(x, tp);
-      y = linear_map(x, weight_, bias_);
-    }
+    auto y = gathered_linear(x, weight_, bias_, tp, options_.overlap);
     for (const auto& [name, adapter] : adapters_) y = y + adapter_output(adapter, x);
     return y;
   }
   // Both the base product and the adapter's are linear in x, so one reduction behind serves their sum.
-  at::Tensor y, sum;
+  at::Tensor sum;
   for (const auto& [name, adapter] : adapters_) {
     const auto output = adapter_output(adapter, x);
     sum = sum.defined() ? sum + output : output;
   }
-  if (sharded()) {
-    y = scattered_linear(x, weight_, sum, tp, options_.overlap);
-  } else {
-    y = linear_map(x, weight_);
-    y = reduce_from_region(sum.defined() ? y + sum : y, tp);
-  }
+  const auto y = scattered_linear(x, weight_, sum, tp, options_.overlap);
   return bias_.defined() ? y + bias_ : y;
 }
 
 at::Tensor ParallelLinear::adapter_output(const LoraAdapter& adapter, const at::Tensor& x) const {
   auto input = x;
   if (adapter.dropout > 0 && training()) {
-    // Only a column-parallel layer without sequence parallelism sees the same x on all tensor ranks.
-    const bool alike = options_.shard == Shard::kColumn && !sharded();
-    const RandomScope scope(alike ? RandomStream::kReplicated : RandomStream::kSplit, *parallel_, x.device());
+    const RandomScope scope(dropout_stream(), *parallel_, x.device());
     input = at::dropout(x, adapter.dropout, true);
   }
-  auto low = linear_map(input, adapter.a) * adapter.scaling;  // [s, b, adapted parts * r]
+  auto low = linear_map(input, adapter.a);  // [s, b, adapted parts * r]
   // A shard's few columns are gathered, not its input again.
-  if (options_.shard == Shard::kColumn && sharded()) low = gather_sequence(low, parallel_->tp);
-  auto rows = split_parts(adapter.b, adapter.parts);
-  std::vector<at::Tensor> outputs(rows.size());
-  int64_t block = 0;
-  for (size_t part = 0; part < rows.size(); ++part) {
-    if (adapter.parts[part]) outputs[part] = linear_map(low.narrow(-1, adapter.r * block++, adapter.r), rows[part]);
-  }
-  return join_parts(std::move(outputs), low);
-}
-
-std::vector<at::Tensor> ParallelLinear::split_parts(const at::Tensor& rows, const std::vector<bool>& parts) const {
-  const auto layout = part_layout(options_, parallel_->tp.size());
-  if (layout.widths.size() == 1) return {rows};
-  const auto blocks = rows.view({layout.blocks, -1, rows.size(-1)});
-  std::vector<at::Tensor> result(parts.size());
-  int64_t first = 0;
-  for (size_t part = 0; part < parts.size(); ++part) {
-    if (!parts[part]) continue;
-    result[part] = blocks.narrow(1, first, layout.widths[part]).reshape({-1, rows.size(-1)});
-    first += layout.widths[part];
-  }
-  return result;
-}
-
-at::Tensor ParallelLinear::join_parts(std::vector<at::Tensor> outputs, const at::Tensor& like) const {
-  const auto layout = part_layout(options_, parallel_->tp.size());
-  if (layout.widths.size() == 1) return outputs[0];
-  auto sizes = like.sizes().vec();
-  sizes.back() = layout.blocks;
-  sizes.push_back(0);
-  for (size_t part = 0; part < outputs.size(); ++part) {
-    sizes.back() = layout.widths[part];
-    outputs[part] = outputs[part].defined() ? outputs[part].view(sizes) : at::zeros({}, like.options()).expand(sizes);
-  }
-  return at::cat(outputs, -1).flatten(-2);
+  if (options_.shard == Shard::kColumn) low = gather_sequence(low, parallel_->tp);
+  return linear_map(low,
+                    expanded_b(adapter.b, adapter.parts, part_layout(options_, parallel_->tp.size()), adapter.scaling));
 }
 
 void ParallelLinear::add_adapter(const std::string& name, std::vector<bool> parts, int64_t r, double scaling,
@@ -214,18 +205,9 @@ at::Tensor ParallelLinear::merged_weight(const std::string& name) const {
   const auto found = adapters_.find(name);
   if (found == adapters_.end()) return weight_.detach().clone();
   const auto& adapter = found->second;
-  auto rows = split_parts(adapter.b.to(at::kFloat), adapter.parts);
-  const auto a = adapter.a.to(at::kFloat);
-  std::vector<at::Tensor> deltas(rows.size());
-  int64_t block = 0;
-  for (size_t part = 0; part < rows.size(); ++part) {
-    // Transposed, so that parts join along the last dim as outputs do.
-    if (adapter.parts[part])
-      deltas[part] = at::matmul(a.narrow(0, adapter.r * block++, adapter.r).t(), rows[part].t()).contiguous();
-  }
-  const auto like = at::empty({weight_.size(1), 1}, a.options());
-  const auto delta = join_parts(std::move(deltas), like).t();
-  return (weight_.to(at::kFloat) + delta * adapter.scaling).to(weight_.scalar_type());
+  const auto layout = part_layout(options_, parallel_->tp.size());
+  const auto b = expand_b(adapter.b.to(at::kFloat), adapter.parts, layout, adapter.scaling);
+  return at::addmm(weight_.to(at::kFloat), b, adapter.a.to(at::kFloat)).to(weight_.scalar_type());
 }
 
 }  // namespace mcore_bridge

@@ -11,8 +11,10 @@
 #include <string>
 #include <vector>
 
+#include "layers/linear_function.h"
 #include "layers/module.h"
 #include "parallel/parallel_state.h"
+#include "parallel/random.h"
 #include "plan/weight_rule.h"
 
 namespace mcore_bridge {
@@ -53,7 +55,11 @@ class ParallelLinear : public Module {
   /// lora_B.<adapter>.weight
   std::vector<NamedParameter> own_parameters() const override;
 
-  at::Tensor forward(const at::Tensor& x_sbh);
+  at::Tensor forward(const at::Tensor& x_sbh) { return forward(x_sbh, {}).y; }
+  /// With the norm in front: normalises x + delta and passes the sum on; see LinearOutput. `delta` may be undefined.
+  LinearOutput forward(const at::Tensor& x_sbh, const at::Tensor& delta);
+  /// act(gate) * up of x = [gate | up] in front of the product.
+  at::Tensor forward_gated(const at::Tensor& x_sbh, Activation activation);
 
   const LinearOptions& options() const { return options_; }
   const at::Tensor& weight() const { return weight_; }
@@ -69,9 +75,12 @@ class ParallelLinear : public Module {
   at::Tensor adapter_output(const LoraAdapter& adapter, const at::Tensor& x) const;
   /// Between shards of the sequence.
   bool sharded() const { return options_.sequence_parallel && parallel_->tp.size() > 1; }
-  /// The rows of each part inside the local fused output, as matrices: B's rows per part.
-  std::vector<at::Tensor> split_parts(const at::Tensor& rows, const std::vector<bool>& parts) const;
-  at::Tensor join_parts(std::vector<at::Tensor> outputs, const at::Tensor& like) const;
+  /// Only a column-parallel layer without sequence parallelism sees the same x on all tensor ranks.
+  RandomStream dropout_stream() const;
+  /// The layer as one autograd node: everywhere but between shards of the sequence.
+  LinearOutput run(const at::Tensor& x, const at::Tensor& delta, LinearPlan plan) const;
+  /// Between shards: from what stands in front of the product.
+  at::Tensor forward_sharded(const at::Tensor& x) const;
 
   LinearOptions options_;
   ParallelStatePtr parallel_;

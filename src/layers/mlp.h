@@ -15,10 +15,11 @@ class MLP : public Module {
   MLP(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions tensor_options);
   std::string kind() const override { return "MLP"; }
   std::vector<Child> children() const override { return {{"linear_fc1", fc1_.get()}, {"linear_fc2", fc2_.get()}}; }
-  at::Tensor forward(const at::Tensor& x_sbh) {
-    const auto gate_up = fc1_->forward(x_sbh);
+  /// The block's output for norm(x + delta), and x + delta itself: see LinearOutput. `delta` may be undefined.
+  LinearOutput forward(const at::Tensor& x_sbh, const at::Tensor& delta) {
+    const auto [gate_up, sum] = fc1_->forward(x_sbh, delta);
     ActivationOffload::keep(gate_up);
-    return fc2_->forward(gated_activation(gate_up, activation_));
+    return {fc2_->forward_gated(gate_up, activation_), sum};
   }
 
  private:

@@ -1,11 +1,36 @@
 #include "layers/norm.h"
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 namespace mcore_bridge {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& weight, double epsilon,
+                            bool zero_centered) {
+    const auto output = rms_norm_forward(x, {}, weight, {.epsilon = epsilon, .zero_centered = zero_centered});
+    context->save_for_backward({x, output.rstd, weight});
+    context->saved_data["zero_centered"] = zero_centered;
+    return output.normed;
+  }
+  static variable_list backward(AutogradContext* context, variable_list grads) {
+    const auto saved = context->get_saved_variables();
+    const RmsNormOptions options{.zero_centered = context->saved_data["zero_centered"].toBool()};
+    const auto back = rms_norm_backward(grads[0], saved[0], saved[1], saved[2], {}, options,
+                                        context->needs_input_grad(1), /*want_normed=*/false);
+    return {back.x, back.weight, Variable(), Variable()};
+  }
+};
+
+}  // namespace
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilon, bool zero_centered) {
-  return at::rms_norm(x, {x.size(-1)}, zero_centered ? weight + 1 : weight, epsilon);
+  return RmsNormFunction::apply(x, weight, epsilon, zero_centered);
 }
 
 Norm::Norm(NormOptions options, at::TensorOptions tensor_options)

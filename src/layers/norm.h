@@ -1,11 +1,12 @@
 // RMSNorm.
 #pragma once
 
+#include "kernels/rms_norm.h"
 #include "layers/module.h"
 
 namespace mcore_bridge {
 
-/// x / sqrt(mean(x^2) + epsilon) * weight over the last dim, computed in fp32; (1 + weight) when zero-centred.
+/// RMSNorm for autograd: keeps x and one number a row.
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilon, bool zero_centered);
 
 struct NormOptions {
@@ -20,7 +21,10 @@ class Norm : public Module {
   Norm(NormOptions options, at::TensorOptions tensor_options);
   std::string kind() const override { return "RMSNorm"; }
   std::vector<NamedParameter> own_parameters() const override;
+  /// Keeps x and one number a row for backward.
   at::Tensor forward(const at::Tensor& x) const;
+  const at::Tensor& weight() const { return weight_; }
+  RmsNormOptions options() const { return {.epsilon = options_.epsilon, .zero_centered = options_.zero_centered}; }
 
  private:
   NormOptions options_;

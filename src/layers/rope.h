@@ -28,8 +28,4 @@ class RotaryEmbedding {
   int64_t length_ = -1;
 };
 
-/// Rotates the first 2 * table.cos.size(-1) entries of the last dim of x_sbnd; pairs are (i, i + half), or (2i, 2i + 1)
-/// when interleaved.
-at::Tensor apply_rope(const at::Tensor& x_sbnd, const RopeTable& table, bool interleaved);
-
 }  // namespace mcore_bridge

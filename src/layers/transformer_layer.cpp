@@ -25,10 +25,14 @@ at::Tensor TransformerLayer::dropped(const at::Tensor& x) const {
 }
 
 at::Tensor TransformerLayer::forward(const at::Tensor& x_sbh, const AttentionInput& input) {
-  const auto x = x_sbh + dropped(attention_->forward(x_sbh, input));
-  auto mlp = [this](const at::Tensor& y) { return mlp_->forward(y); };
-  const bool again = recompute_mlp_ && at::GradMode::is_enabled() && x.requires_grad();
-  return x + dropped(again ? recompute(mlp, x) : mlp(x));
+  const auto [attended, residual] = attention_->forward(x_sbh, input);
+  const auto update = dropped(attended);
+  if (recompute_mlp_ && at::GradMode::is_enabled() && update.requires_grad()) {
+    const auto x = residual + update;
+    return x + dropped(recompute([this](const at::Tensor& y) { return mlp_->forward(y, {}).y; }, x));
+  }
+  const auto [output, x] = mlp_->forward(residual, update);
+  return x + dropped(output);
 }
 
 }  // namespace mcore_bridge

@@ -206,7 +206,15 @@ at::Tensor GPTModel::forward(const ForwardInput& input, bool gather_output) {
   return run_unit(unit_of("output_layer."), x, [&](const at::Tensor& hidden) {
     const auto normed = final_norm_->forward(hidden);
     check_finite(normed, "decoder.final_layernorm");
-    const auto logits = output_->forward(normed, embedding_ ? embedding_->weight() : at::Tensor());
+    const auto tied = embedding_ ? embedding_->weight() : at::Tensor();
+    if (input.labels.defined() && input.loss_weight) {
+      return linear_cross_entropy(normed, output_->weight(tied), input.labels.t(),
+                                  {.vocab_size = config_.padded_vocab_size,
+                                   .sequence_parallel = config_.sequence_parallel,
+                                   .loss_weight = *input.loss_weight},
+                                  parallel_->tp);
+    }
+    const auto logits = output_->forward(normed, tied);
     check_finite(logits, "output_layer");
     if (input.labels.defined()) {  // logits: [s, b, local vocabulary]
       return vocab_parallel_cross_entropy(logits, input.labels.t(), config_.padded_vocab_size, parallel_->tp)

@@ -59,6 +59,9 @@ Bucket::Bucket(const BucketLayout& layout, const std::vector<const ManagedParame
   } else {
     grads_ = at::zeros({elements_}, grad_options_);
     grad_shard_ = grads_.narrow(0, begin_, shard_elements_);
+    if (accumulates_in_place()) return;
+    for (const auto& entry : entries_)
+      main_.push_back(std::make_shared<MainGradient>(MainGradient{.grad = grad_view(entry)}));
   }
 }
 
@@ -68,7 +71,11 @@ int64_t Bucket::grad_bytes() const {
 
 void Bucket::zero_gradients() {
   reduce_started_ = false;
-  (shards_gradients() ? grad_shard_ : grads_).zero_();
+  for (auto& main : main_) {
+    main->fresh = true;
+    main->added = false;
+  }
+  if (main_.empty()) (shards_gradients() ? grad_shard_ : grads_).zero_();
 }
 
 bool Bucket::accumulates_in_place() const {
@@ -82,15 +89,31 @@ at::Tensor Bucket::grad_view(const Entry& entry) const {
 void Bucket::take(const Entry& entry) {
   at::NoGradGuard no_grad;
   auto& grad = entry.parameter->tensor.mutable_grad();
+  if (!grad.defined()) return;  // its layer has added it already
   if (!grads_.defined()) grads_ = at::zeros({elements_}, grad_options_);
-  grad_view(entry).add_(grad);
+  const bool fresh = !main_.empty() && std::exchange(main_[&entry - entries_.data()]->fresh, false);
+  fresh ? grad_view(entry).copy_(grad) : grad_view(entry).add_(grad);
   grad.reset();
+}
+
+bool Bucket::contributed(const Entry& entry) {
+  const bool added = !main_.empty() && std::exchange(main_[&entry - entries_.data()]->added, false);
+  return added || entry.parameter->tensor.grad().defined();
+}
+
+void Bucket::register_main_gradients(bool on) {
+  for (size_t i = 0; i < main_.size(); ++i) {
+    const auto& parameter = entries_[i].parameter->tensor;
+    on ? set_main_gradient(parameter, main_[i]) : clear_main_gradient(parameter, main_[i]);
+  }
 }
 
 void Bucket::start_reduce() {
   at::NoGradGuard no_grad;
   if (!shards_gradients()) {
     if (std::exchange(reduce_started_, true)) return;
+    for (auto& main : main_)
+      if (main->fresh) main->grad.zero_();  // nothing reached this parameter
     reducing_ = sharded() ? group_.start_reduce_scatter(grad_shard_, grads_) : group_.start_all_reduce(grads_);
     return;
   }

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "layers/main_gradient.h"
 #include "layers/module.h"
 #include "parallel/group.h"
 #include "train/bucket_layout.h"
@@ -53,13 +54,17 @@ class Bucket {
   const at::Tensor& grad_shard() const { return grad_shard_; }    ///< the same of reduced gradients
 
   // Gradients. Without sharding of gradients each parameter's share of the flat buffer is `grad_view`.
-  /// Zeroes, before the step's first backward.
+  /// Before the step's first backward: zero, or marked so that the first contribution overwrites what is there.
   void zero_gradients();
   /// Autograd may add to the buffer in place.
   bool accumulates_in_place() const;
   at::Tensor grad_view(const Entry& entry) const;
-  /// Adds what autograd left in the parameter's .grad and drops that.
+  /// Adds what autograd left in the parameter's .grad, if anything, and drops that.
   void take(const Entry& entry);
+  /// Whether a hook of autograd's announces a contribution: not when a layer has put its weight gradient aside.
+  bool contributed(const Entry& entry);
+  /// Layers may add to the buffer themselves (layers/main_gradient.h), as long as these are registered.
+  void register_main_gradients(bool on);
   void start_reduce();
   void finish_reduce();
 
@@ -84,6 +89,8 @@ class Bucket {
   int64_t elements_ = 0, shard_elements_ = 0, begin_ = 0;
   at::Tensor params_, param_shard_, grads_, grad_shard_;
   at::TensorOptions grad_options_;
+  std::vector<std::shared_ptr<MainGradient>>
+      main_;            ///< by entry; empty where autograd accumulates or gradients are sharded
   at::Tensor reduced_;  ///< this rank's part of a reduction under way (sharded gradients)
   std::shared_ptr<Group::Pending> reducing_, gathering_;
   bool reduce_started_ = false, in_place_ = true;

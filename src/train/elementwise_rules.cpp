@@ -5,6 +5,7 @@
 #include <functional>
 #include <tuple>
 
+#include "kernels/adamw.h"
 #include "train/update_rule.h"
 
 namespace mcore_bridge {
@@ -66,9 +67,10 @@ class AdamW : public UpdateRule {
   std::vector<std::pair<std::string, at::ScalarType>> kinds() const override { return kinds_; }
   void apply(const std::vector<Segment*>& segments, const Update& update) const override {
     by_group(segments, update, [&](Lists& lists, double lr, double decay) {
-      const std::vector<at::Tensor> steps(lists[0].size(), update.steps);
-      at::_fused_adamw_(lists[0], lists[1], lists[2], lists[3], {}, steps, lr, beta1_, beta2_, decay, epsilon_,
-                        /*amsgrad=*/false, /*maximize=*/false, update.grad_scale, update.skip);
+      const std::vector<at::Tensor> none(lists[0].size());
+      fused_adamw({lists[0], lists[1], lists[2], lists[3], none},
+                  {.lr = lr, .beta1 = beta1_, .beta2 = beta2_, .epsilon = epsilon_, .weight_decay = decay},
+                  update.grad_scale, update.skip, update.steps);
     });
   }
 

@@ -93,10 +93,11 @@ void Executor::forward(const Action& action) {
     input.hidden = live.input;
   }
   if (!model.place().post_process) input.labels = at::Tensor();
+  input.loss_weight = weights_->at(action.micro_batch);
   const auto output = model.forward(input);
   if (model.place().post_process) {
     at::NoGradGuard no_grad;
-    loss_ += output.detach().to(at::kDouble).sum() * weights_->at(action.micro_batch);
+    loss_ += output.detach();
     live.losses = output.detach();
   } else {
     outbox_[{false, global(action.chunk), action.micro_batch}] = output.detach().contiguous();
@@ -111,7 +112,7 @@ void Executor::backward(const Action& action) {
   const Place place{action.chunk, action.micro_batch};
   const bool first = chunks_.at(action.chunk)->place().pre_process;
   auto live = take(live_, place);
-  const auto gradient = live.losses.defined() ? at::full_like(live.losses, weights_->at(action.micro_batch))
+  const auto gradient = live.losses.defined() ? at::ones_like(live.losses)
                                               : take(inbox_, {true, global(action.chunk), action.micro_batch});
   live.losses.reset();
   std::optional<DeferWeightGradients> scope;

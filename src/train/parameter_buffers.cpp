@@ -86,8 +86,9 @@ ParameterBuffers::~ParameterBuffers() { disconnect(); }
 void ParameterBuffers::connect() {
   if (std::exchange(connected_, true)) return;
   for (size_t b = 0; b < buckets_.size(); ++b) {
-    const auto& bucket = *buckets_[b];
+    auto& bucket = *buckets_[b];
     if (!bucket.trainable()) continue;
+    bucket.register_main_gradients(true);
     if (bucket.accumulates_in_place() && !options_.overlap_grad_reduce) continue;  // nobody wants to know
     for (size_t e = 0; e < bucket.entries().size(); ++e) {
       torch::autograd::impl::set_post_acc_grad_hooks(bucket.entries()[e].parameter->tensor,
@@ -98,6 +99,7 @@ void ParameterBuffers::connect() {
 
 void ParameterBuffers::disconnect() {
   if (!std::exchange(connected_, false)) return;
+  for (auto& bucket : buckets_) bucket->register_main_gradients(false);
   for (auto& parameter : parameters_) {
     if (!parameter.trainable) continue;
     parameter.tensor.mutable_grad().reset();
@@ -130,6 +132,7 @@ void ParameterBuffers::begin(int micro_batches) {
 void ParameterBuffers::arrived(size_t b, size_t e) {
   auto& bucket = *buckets_[b];
   const auto& entry = bucket.entries()[e];
+  if (!bucket.contributed(entry)) return;
   if (options_.sharding >= Sharding::kGradients) {
     bucket.take(entry);
     if (arrived_[b][e]++ > 0 || --missing_[b] > 0) return;

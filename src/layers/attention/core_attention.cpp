@@ -1,6 +1,8 @@
 #include "layers/attention/core_attention.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 
 #include "layers/attention/all_gather.h"
 #include "layers/attention/all_to_all.h"
@@ -18,10 +20,24 @@ at::Tensor causal_mask(int64_t length, int64_t window_left, c10::Device device) 
 
 namespace {
 
+/// cuDNN's fused attention, about twice as fast as flash attention on Hopper; it keeps a plan for each shape.
+bool cudnn_attention_takes(const at::Tensor& q) {
+  const bool half = q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16;
+  if (!q.is_cuda() || !half || q.size(-1) > 128 || q.size(-1) % 8 != 0) return false;
+  return at::globalContext().userEnabledCuDNNSDP() && at::detail::getCUDAHooks().hasCuDNN() &&
+         at::detail::getCUDAHooks().versionCuDNN() >= 90300;
+}
+
 /// [s, b, n, d] -> [s, b, n * d] through scaled_dot_product_attention.
 at::Tensor dense_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& allowed,
                            double dropout) {
   auto heads_first = [](const at::Tensor& x) { return x.permute({1, 2, 0, 3}); };
+  if (cudnn_attention_takes(q) && !allowed.defined() && dropout == 0) {
+    const auto out = std::get<0>(at::_scaled_dot_product_cudnn_attention(heads_first(q), heads_first(k), heads_first(v),
+                                                                         std::nullopt, /*compute_log_sumexp=*/true, 0.0,
+                                                                         /*is_causal=*/true));
+    return out.permute({2, 0, 1, 3}).flatten(-2);
+  }
   const auto mask = allowed.defined() ? std::optional<at::Tensor>(allowed) : std::nullopt;
   const auto out = at::scaled_dot_product_attention(heads_first(q), heads_first(k), heads_first(v), mask, dropout,
                                                     /*is_causal=*/!allowed.defined(), std::nullopt,

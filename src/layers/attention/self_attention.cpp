@@ -7,6 +7,7 @@
 
 #include "layers/offload.h"
 #include "layers/recompute.h"
+#include "layers/split_qkv.h"
 #include "parallel/random.h"
 
 namespace mcore_bridge {
@@ -80,23 +81,22 @@ at::Tensor SelfAttention::attend(const at::Tensor& q, const at::Tensor& k, const
   return recompute(again, std::vector<at::Tensor>{q, k, v})[0];
 }
 
-at::Tensor SelfAttention::forward(const at::Tensor& x_sbh, const AttentionInput& input) {
-  const auto mixed = qkv_->forward(x_sbh);  // [s, b, groups * (heads per group + 2) * d]
-  const auto s = mixed.size(0), b = mixed.size(1), d = local_.head_dim, per_group = local_.heads / local_.groups;
-  const auto grouped = mixed.view({s, b, local_.groups, (per_group + 2) * d});
-  auto q = grouped.narrow(-1, 0, per_group * d).reshape({s, b, local_.heads, d});
-  auto k = grouped.narrow(-1, per_group * d, d);
-  const auto v = grouped.narrow(-1, (per_group + 1) * d, d);
-  if (q_norm_) {
-    q = q_norm_->forward(q);
-    k = k_norm_->forward(k);
-  }
+LinearOutput SelfAttention::forward(const at::Tensor& x_sbh, const AttentionInput& input) {
+  const auto [mixed, x] = qkv_->forward(x_sbh, {});  // [s, b, groups * (heads per group + 2) * d]
+  SplitQkvOptions split{.groups = local_.groups, .per_group = local_.heads / local_.groups, .d = local_.head_dim};
   if (rope_) {
-    q = apply_rope(q, input.rope, interleaved_);
-    k = apply_rope(k, input.rope, interleaved_);
+    split.cos = input.rope.cos;
+    split.sin = input.rope.sin;
+    split.interleaved = interleaved_;
   }
-  for (const auto& kept : {mixed, q, k}) ActivationOffload::keep(kept);
-  return proj_->forward(attend(q, k, v, input));
+  if (q_norm_) {
+    split.q_weight = q_norm_->weight();
+    split.k_weight = k_norm_->weight();
+    split.norm = q_norm_->options();
+  }
+  const auto [q, k, v] = split_qkv(mixed, split);
+  for (const auto& kept : {mixed, q, k, v}) ActivationOffload::keep(kept);
+  return {proj_->forward(attend(q, k, v, input)), x};
 }
 
 }  // namespace mcore_bridge

@@ -15,7 +15,8 @@ class SelfAttention : public Module {
   SelfAttention(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions tensor_options, int64_t layer);
   std::string kind() const override { return "SelfAttention"; }
   std::vector<Child> children() const override;
-  at::Tensor forward(const at::Tensor& x_sbh, const AttentionInput& input);
+  /// The block's output for norm(x), and x itself: see LinearOutput.
+  LinearOutput forward(const at::Tensor& x_sbh, const AttentionInput& input);
 
  private:
   at::Tensor core(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionInput& input) const;

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Compiles every .cu file for the architectures we ship, without torch and without a GPU; does nothing where there is no nvcc.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+nvcc=${CUDACXX:-$(command -v nvcc || true)}
+[ -n "$nvcc" ] || { echo "no nvcc: the CUDA kernels are not checked"; exit 0; }
+stamp=build/.cuda_checked
+[ -e "$stamp" ] && [ -z "$(find src/kernels/cuda -newer "$stamp" -type f)" ] && exit 0
+for file in src/kernels/cuda/*.cu; do
+  "$nvcc" -std=c++20 -O2 -Isrc -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90 \
+    -gencode=arch=compute_100,code=sm_100 -Werror all-warnings -c "$file" -o /dev/null
+done
+mkdir -p build && touch "$stamp"

@@ -1,0 +1,112 @@
+// The operations of src/kernels for tests and benchmarks; nothing in the package uses them from Python.
+#include "bindings/bindings.h"
+#include "kernels/adamw.h"
+#include "kernels/cross_entropy.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/gated_activation.h"
+#include "kernels/lora_b.h"
+#include "kernels/rms_norm.h"
+#include "kernels/split_qkv.h"
+#include "layers/activation.h"
+
+namespace mcore_bridge {
+namespace {
+
+using OptTensor = std::optional<at::Tensor>;
+
+at::Tensor or_undefined(const OptTensor& tensor) { return tensor.value_or(at::Tensor()); }
+
+OptTensor or_none(const at::Tensor& tensor) { return tensor.defined() ? OptTensor(tensor) : std::nullopt; }
+
+SplitQkvOptions split_options(int64_t groups, int64_t per_group, int64_t d, const OptTensor& cos, const OptTensor& sin,
+                              bool interleaved, const OptTensor& q_weight, const OptTensor& k_weight, double epsilon) {
+  return {.groups = groups,
+          .per_group = per_group,
+          .d = d,
+          .cos = or_undefined(cos),
+          .sin = or_undefined(sin),
+          .interleaved = interleaved,
+          .q_weight = or_undefined(q_weight),
+          .k_weight = or_undefined(k_weight),
+          .norm = {.epsilon = epsilon}};
+}
+
+}  // namespace
+
+void init_kernels(py::module_& module) {
+  auto kernels = module.def_submodule("kernels", "Fused operations, each with a reference in plain ATen.");
+  kernels.def("cuda_built", &cuda::built);
+  kernels.def("rms_norm_forward", [](const at::Tensor& x, const OptTensor& delta, const at::Tensor& weight,
+                                     double epsilon, bool zero_centered) {
+    const auto out = rms_norm_forward(x, or_undefined(delta), weight, {epsilon, zero_centered});
+    return std::tuple{out.normed, out.sum, out.rstd};
+  });
+  kernels.def("rms_norm_apply",
+              [](const at::Tensor& x, const at::Tensor& rstd, const at::Tensor& weight, bool zero_centered) {
+                return rms_norm_apply(x, rstd, weight, {.zero_centered = zero_centered});
+              });
+  kernels.def("rms_norm_backward",
+              [](const at::Tensor& grad, const at::Tensor& x, const at::Tensor& rstd, const at::Tensor& weight,
+                 const OptTensor& grad_residual, bool zero_centered, bool want_weight, bool want_normed) {
+                const auto back = rms_norm_backward(grad, x, rstd, weight, or_undefined(grad_residual),
+                                                    {.zero_centered = zero_centered}, want_weight, want_normed);
+                return std::tuple{back.x, or_none(back.weight), or_none(back.normed)};
+              });
+  kernels.def("gated_forward", [](const at::Tensor& x, const std::string& activation) {
+    return gated_activation_forward(x, parse_activation(activation));
+  });
+  kernels.def("gated_backward",
+              [](const at::Tensor& grad, const at::Tensor& x, const std::string& activation, bool want_out) {
+                const auto back = gated_activation_backward(grad, x, parse_activation(activation), want_out);
+                return std::tuple{back.x, or_none(back.out)};
+              });
+  kernels.def(
+      "split_qkv_forward", [](const at::Tensor& mixed, int64_t groups, int64_t per_group, int64_t d,
+                              const OptTensor& cos, const OptTensor& sin, bool interleaved, const OptTensor& q_weight,
+                              const OptTensor& k_weight, double epsilon, bool view_v) {
+        const auto out = split_qkv_forward(
+            mixed, split_options(groups, per_group, d, cos, sin, interleaved, q_weight, k_weight, epsilon), view_v);
+        return std::tuple{out.q, out.k, out.v};
+      });
+  kernels.def("split_qkv_backward",
+              [](const at::Tensor& grad_q, const at::Tensor& grad_k, const at::Tensor& grad_v, const OptTensor& mixed,
+                 int64_t groups, int64_t per_group, int64_t d, const OptTensor& cos, const OptTensor& sin,
+                 bool interleaved, const OptTensor& q_weight, const OptTensor& k_weight, double epsilon) {
+                const auto back = split_qkv_backward(
+                    {grad_q, grad_k, grad_v}, or_undefined(mixed),
+                    split_options(groups, per_group, d, cos, sin, interleaved, q_weight, k_weight, epsilon), true);
+                return std::tuple{back.mixed, or_none(back.q_weight), or_none(back.k_weight)};
+              });
+  kernels.def("softmax_statistics",
+              [](const at::Tensor& logits, const at::Tensor& labels, int64_t first, int64_t count) {
+                const auto out = softmax_statistics(logits, labels, {first, count});
+                return std::tuple{out.maximum, out.sum, out.target};
+              });
+  kernels.def("softmax_gradient_", [](const at::Tensor& logits, const at::Tensor& labels, int64_t first, int64_t count,
+                                      const at::Tensor& maximum, const at::Tensor& sum, const at::Tensor& weight) {
+    softmax_gradient_(logits, labels, {first, count}, {maximum, sum, maximum}, weight, 1);
+  });
+  kernels.def("softmax_statistics_and_gradient_",
+              [](const at::Tensor& logits, const at::Tensor& labels, int64_t count, double scale) {
+                const auto out = softmax_statistics_and_gradient_(logits, labels, {0, count}, scale);
+                return std::tuple{out.maximum, out.sum, out.target};
+              });
+  kernels.def("expand_b", [](const at::Tensor& b, const std::vector<bool>& parts, int64_t blocks,
+                             const std::vector<int64_t>& widths,
+                             double scaling) { return expand_b(b, parts, {blocks, widths}, scaling); });
+  kernels.def("collect_b", [](const at::Tensor& expanded, const at::Tensor& to, const std::vector<bool>& parts,
+                              int64_t blocks, const std::vector<int64_t>& widths, double scaling, bool accumulate) {
+    collect_b(expanded, to, parts, {blocks, widths}, scaling, accumulate);
+  });
+  kernels.def("fused_adamw", [](std::vector<at::Tensor> masters, std::vector<at::Tensor> grads,
+                                std::vector<at::Tensor> exp_avgs, std::vector<at::Tensor> exp_avg_sqs,
+                                const std::vector<OptTensor>& parameters, double lr, double beta1, double beta2,
+                                double epsilon, double weight_decay, const at::Tensor& grad_scale,
+                                const at::Tensor& skip, const at::Tensor& step) {
+    AdamWTensors tensors{std::move(masters), std::move(grads), std::move(exp_avgs), std::move(exp_avg_sqs), {}};
+    for (const auto& parameter : parameters) tensors.parameters.push_back(or_undefined(parameter));
+    fused_adamw(tensors, {lr, beta1, beta2, epsilon, weight_decay}, grad_scale, skip, step);
+  });
+}
+
+}  // namespace mcore_bridge

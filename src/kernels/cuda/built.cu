@@ -1,0 +1,5 @@
+#include "launch.h"
+
+namespace mcore_bridge::cuda {
+bool built() { return true; }
+}  // namespace mcore_bridge::cuda

@@ -1,0 +1,54 @@
+#include "layers/main_gradient.h"
+
+#include <ATen/ATen.h>
+
+#include <mutex>
+#include <unordered_map>
+
+namespace mcore_bridge {
+namespace {
+
+struct Registry {
+  std::mutex mutex;
+  std::unordered_map<const c10::TensorImpl*, std::shared_ptr<MainGradient>> gradients;
+};
+
+Registry& registry() {
+  static Registry instance;
+  return instance;
+}
+
+}  // namespace
+
+void set_main_gradient(const at::Tensor& parameter, std::shared_ptr<MainGradient> gradient) {
+  auto& [mutex, gradients] = registry();
+  const std::lock_guard<std::mutex> lock(mutex);
+  gradients[parameter.unsafeGetTensorImpl()] = std::move(gradient);
+}
+
+void clear_main_gradient(const at::Tensor& parameter, const std::shared_ptr<MainGradient>& gradient) {
+  auto& [mutex, gradients] = registry();
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = gradients.find(parameter.unsafeGetTensorImpl());
+  if (found != gradients.end() && found->second == gradient) gradients.erase(found);
+}
+
+std::shared_ptr<MainGradient> main_gradient(const at::Tensor& parameter) {
+  if (!parameter.defined()) return nullptr;
+  auto& [mutex, gradients] = registry();
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = gradients.find(parameter.unsafeGetTensorImpl());
+  return found == gradients.end() ? nullptr : found->second;
+}
+
+void accumulate_product(at::Tensor sum, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
+  if (sum.scalar_type() == a.scalar_type()) {
+    at::addmm_out(sum, sum, a.t(), b, accumulate ? 1 : 0, 1);
+  } else if (a.is_cuda()) {
+    at::addmm_out(sum, sum, a.t(), b, sum.scalar_type(), accumulate ? 1 : 0, 1);
+  } else {
+    at::addmm_out(sum, sum, a.t().to(sum.scalar_type()), b.to(sum.scalar_type()), accumulate ? 1 : 0, 1);
+  }
+}
+
+}  // namespace mcore_bridge

@@ -1,0 +1,29 @@
+// Where training keeps the fp32 gradient of a low-precision parameter, so that a layer's backward adds to it directly:
+// the weight-gradient product accumulates in fp32 and no low-precision gradient exists in between.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+
+namespace mcore_bridge {
+
+struct MainGradient {
+  at::Tensor grad;     ///< fp32, the parameter's shape
+  bool fresh = true;   ///< holds nothing yet: the next contribution overwrites it
+  bool added = false;  ///< a layer has added to it since this was last looked at
+};
+
+/// From now on layers add the parameter's gradient to `gradient` and return none to autograd, whose post-accumulate
+/// hook still runs once all contributions of a backward pass are there. The owner sets `fresh` at the start of a step.
+void set_main_gradient(const at::Tensor& parameter, std::shared_ptr<MainGradient> gradient);
+/// Takes it away again, unless another has taken its place.
+void clear_main_gradient(const at::Tensor& parameter, const std::shared_ptr<MainGradient>& gradient);
+/// Null when training keeps none (loops of one's own): the layer returns its gradient to autograd.
+std::shared_ptr<MainGradient> main_gradient(const at::Tensor& parameter);
+
+/// sum (+)= a^T b, accumulated in sum's dtype, which may be wider than a's and b's. Rows are summed over: a [n, p], b
+/// [n, q].
+void accumulate_product(at::Tensor sum, const at::Tensor& a, const at::Tensor& b, bool accumulate);
+
+}  // namespace mcore_bridge
