@@ -66,6 +66,8 @@ struct SaveOptions {
   /// (name, shape, dtype) of a tensor -> how it is saved, or nothing to leave it out. Must answer alike on all ranks.
   std::function<std::optional<SavedTensor>(const std::string&, const std::vector<int64_t>&, c10::ScalarType)> convert =
       {};
+  /// "fp8": linear layers' weights in blocks of 128 x 128 with `_scale_inv` (save_weights only); empty: params_dtype.
+  std::string quantization;
   Progress progress = {};  ///< of this rank's writes
   /// Written as they are beside the weights, in the same atomic step: (file name, content).
   std::vector<std::pair<std::string, std::string>> extra_files;

@@ -11,7 +11,7 @@ __release_datetime__ = "2026-11-24 00:00:00"
 _EXPORTS = {
     "config": ["ModelConfig", "hf_to_mcore_config", "config_fields"],
     "model": ["get_mcore_model", "GPTModel", "PackedSeqParams", "unwrap_model", "forward_logits"],
-    "bridge": ["GPTBridge", "inspect_checkpoint"],
+    "bridge": ["GPTBridge", "inspect_checkpoint", "convert_checkpoint", "diff_checkpoints"],
     "lora": ["LoraOptions", "LoraParallelLinear", "add_lora"],
     "trainer": ["Trainer", "finish_gradients", "materialised"],
     "parallel_state": [

@@ -131,13 +131,21 @@ class GPTBridge:
         max_shard_size="5GB",
         merge_lora=False,
         extra_files=None,
+        quantization=None,
         disable_tqdm=None,
     ):
         """Writes model*.safetensors (+ index), or adapter_model.safetensors with peft_format. Collective; every rank writes
         its own part. The folder appears whole or stays as it was. extra_files: {name: bytes} written in the same step.
         max_shard_size: "5GB", "500MB", "2GiB", "50KB" or a number of bytes (below 10,000: of GB, as the original counts).
         converter: f(name, tensor) -> (name, tensor), or None to drop; it is first asked with a tensor without data (device
-        "meta"), since sizes are known before data. disable_tqdm: None shows a progress bar on rank 0 for 2 GB and more."""
+        "meta"), since sizes are known before data. disable_tqdm: None shows a progress bar on rank 0 for 2 GB and more.
+        quantization="fp8": linear weights in blocks of 128 x 128 with scales; a config.json among extra_files, or in the folder
+        already, is given the matching quantization_config."""
+        extra_files = dict(extra_files or {})
+        config = os.path.join(output_dir, "config.json")
+        if quantization and "config.json" not in extra_files and os.path.exists(config):
+            with open(config, "rb") as file:
+                extra_files["config.json"] = file.read()
         with Progress("Saving", disable_tqdm) as progress:
             _core.save_weights(
                 engines(mg_models),
@@ -146,8 +154,9 @@ class GPTBridge:
                 adapter_name=adapter_name,
                 merge_lora=merge_lora,
                 max_shard_bytes=parse_size(max_shard_size),
-                extra_files=list((extra_files or {}).items()),
+                extra_files=list(extra_files.items()),
                 convert=None if converter is None else saved_tensor(converter),
+                quantization=quantization or "",
                 progress=progress,
             )
 
@@ -163,3 +172,41 @@ class GPTBridge:
 def inspect_checkpoint(path):
     """format, files, tensors (name, dtype, shape, bytes, file) and total_bytes of a checkpoint, without reading its data."""
     return json.loads(_core.inspect_checkpoint(os.fspath(path)))
+
+
+def convert_checkpoint(
+    model,
+    output_dir,
+    *,
+    torch_dtype=None,
+    dequantize=False,
+    quantize=None,
+    adapter=None,
+    max_shard_size="5GB",
+    extra_files=None,
+    progress=None,
+):
+    """A new checkpoint from an old one without building the model: any model type, memory use independent of its size.
+
+    torch_dtype: of the plain weights ("float32", "bfloat16", "float16"); quantize: "fp8" (blocks of 128 x 128) or "mxfp4" (stacked
+    experts); dequantize: quantised weights become plain ones first; adapter: a PEFT LoRA folder to merge. What nothing changes is
+    copied byte for byte. extra_files: {name: bytes} beside the weights; config.json among them is adapted. progress(done, total) in
+    bytes. Returns a dict of bytes_read, bytes_written, tensors, copied, files. The folder appears whole or stays as it was.
+    """
+    return _core.convert_checkpoint(
+        os.fspath(model),
+        os.fspath(output_dir),
+        dtype=str(torch_dtype or "").removeprefix("torch."),
+        dequantize=dequantize,
+        quantize=quantize or "",
+        adapter=os.fspath(adapter) if adapter else "",
+        max_shard_bytes=parse_size(max_shard_size),
+        extra_files=list((extra_files or {}).items()),
+        progress=progress,
+    )
+
+
+def diff_checkpoints(a, b, *, dequantize=False, progress=None):
+    """Two checkpoints compared tensor by tensor: a dict of tensors (name, shape, dtype_a, dtype_b, identical, max_abs, relative),
+    missing, extra and wrong_shape. max_abs and relative are None where NaN or Inf meets something else."""
+    return json.loads(_core.diff_checkpoints(os.fspath(a), os.fspath(b), dequantize=dequantize, progress=progress))

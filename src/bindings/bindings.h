@@ -15,6 +15,7 @@ void init_parallel(py::module_& module);
 void init_random(py::module_& module);
 void init_model(py::module_& module);
 void init_bridge(py::module_& module);
+void init_convert(py::module_& module);
 void init_train(py::module_& module);
 void init_training_checkpoint(py::module_& module);
 void init_schedule(py::module_& module);

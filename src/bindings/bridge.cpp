@@ -71,11 +71,12 @@ void init_bridge(py::module_& module) {
       "save_weights",
       [](const Chunks& chunks, const std::string& folder, bool peft_format, const std::string& adapter_name,
          bool merge_lora, int64_t max_shard_bytes, std::vector<std::pair<std::string, std::string>> extra_files,
-         ConvertSaved convert, Progress progress) {
+         ConvertSaved convert, const std::string& quantization, Progress progress) {
         SaveOptions options{.peft_format = peft_format,
                             .adapter_name = adapter_name,
                             .merge_lora = merge_lora,
                             .max_shard_bytes = max_shard_bytes,
+                            .quantization = quantization,
                             .progress = std::move(progress),
                             .extra_files = std::move(extra_files)};
         if (convert) {
@@ -91,7 +92,7 @@ void init_bridge(py::module_& module) {
       },
       py::arg("chunks"), py::arg("folder"), py::kw_only(), py::arg("peft_format"), py::arg("adapter_name"),
       py::arg("merge_lora"), py::arg("max_shard_bytes"), py::arg("extra_files"), py::arg("convert"),
-      py::arg("progress"), NoGil());
+      py::arg("quantization"), py::arg("progress"), NoGil());
 
   py::class_<WeightExporter>(module, "WeightExporter")
       .def(py::init([](Chunks chunks, bool peft_format, const std::string& adapter_name, bool merge_lora,

@@ -35,6 +35,7 @@ PYBIND11_MODULE(_core, module) {
   init_random(module);
   init_model(module);
   init_bridge(module);
+  init_convert(module);
   init_train(module);
   init_training_checkpoint(module);
   init_schedule(module);

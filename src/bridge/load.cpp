@@ -106,9 +106,10 @@ Sources open_sources(const CheckpointReader& reader, const Conversion& conversio
   std::vector<std::string> wrong, foreign;
   std::set<std::string> used, modules;
   Sources sources;
+  const auto quantization = quantization_of(folder, reader);
   for (const auto& tensor : whole_checkpoint(chunks, selection)) {
     auto opened = open_converted(conversion, tensor);
-    if (opened.used.empty()) opened = open_tensor(reader, tensor);
+    if (opened.used.empty()) opened = open_tensor(reader, tensor, quantization);
     modules.insert(module_of(tensor.name));
     used.insert(opened.used.begin(), opened.used.end());
     if (opened.source) {

@@ -6,6 +6,7 @@
 
 #include "bridge/atomic_folder.h"
 #include "bridge/checkpoint_plan.h"
+#include "bridge/formats/fp8_encoder.h"
 #include "bridge/region_blocks.h"
 #include "bridge/shard_layout.h"
 #include "bridge/shard_writer.h"
@@ -178,13 +179,12 @@ void save_weights(const Chunks& chunks, const std::string& folder, const SaveOpt
   const bool leader = parallel.rank == 0;
   auto step = [&](const std::function<void()>& work) { together(parallel.world, work); };
 
-  std::unique_ptr<TensorEncoder> encoder = plain_encoder(model.config().params_dtype);
+  MCB_CHECK(options.quantization.empty() || (options.quantization == "fp8" && !options.peft_format && !options.convert),
+            "save_weights: quantization '", options.quantization,
+            "': fp8 is what whole models are saved in, without a converter; mcore-bridge export --quantize knows mxfp4 too");
+  std::unique_ptr<TensorEncoder> encoder;
   const ConvertingEncoder* converting = nullptr;
-  if (options.convert) {
-    auto wrapped = std::make_unique<ConvertingEncoder>(std::move(encoder), options.convert);
-    converting = wrapped.get();
-    encoder = std::move(wrapped);
-  }
+  auto extra_files = options.extra_files;
   ShardLayout layout;
   std::vector<PlannedParameter> parameters;
   std::unique_ptr<AtomicFolder> target;
@@ -192,11 +192,22 @@ void save_weights(const Chunks& chunks, const std::string& folder, const SaveOpt
     at::NoGradGuard no_grad;
     parameters = planned_parameters(chunks, selection);
     std::vector<StoredTensor> stored;
-    for (const auto& tensor : whole_checkpoint(chunks, selection)) {
+    const auto tensors = whole_checkpoint(chunks, selection);
+    const auto dtype = model.config().params_dtype;
+    encoder = options.quantization.empty() ? plain_encoder(dtype) : fp8_encoder(dtype, tensors);
+    if (options.convert) {
+      auto wrapped = std::make_unique<ConvertingEncoder>(std::move(encoder), options.convert);
+      converting = wrapped.get();
+      encoder = std::move(wrapped);
+    }
+    for (auto& [name, content] : extra_files) {
+      if (!options.quantization.empty() && name == "config.json") content = fp8_config_text(content, tensors);
+    }
+    for (const auto& tensor : tensors) {
       for (auto& part : encoder->stored(tensor)) stored.push_back(std::move(part));
     }
     layout = shard_layout(stored, options.max_shard_bytes, options.peft_format ? "adapter_model" : "model");
-    for (const auto& [name, content] : options.extra_files) {
+    for (const auto& [name, content] : extra_files) {
       MCB_CHECK(!name.empty() && name.find('/') == std::string::npos && name[0] != '.', "save_weights: extra file '",
                 name, "' is no plain file name");
     }
@@ -225,7 +236,7 @@ void save_weights(const Chunks& chunks, const std::string& folder, const SaveOpt
       step([&] { write_changed(chunks, selection, *converting, target->staging(), layout); });
     step([&] {
       if (!leader) return;
-      for (const auto& [name, content] : options.extra_files) write_file(target->staging() / name, content);
+      for (const auto& [name, content] : extra_files) write_file(target->staging() / name, content);
       if (!layout.index.empty()) write_file(target->staging() / "model.safetensors.index.json", layout.index);
       target->commit([&](const std::string& name) { return is_replaced(name, options.peft_format); });
     });

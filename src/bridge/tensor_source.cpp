@@ -5,6 +5,8 @@
 
 #include <sstream>
 
+#include "bridge/formats/quantized_source.h"
+
 namespace mcore_bridge {
 namespace {
 
@@ -35,7 +37,7 @@ class PlainSource : public TensorSource {
   const uint64_t element_, start_, cols_;
 };
 
-OpenedTensor open_plain(const CheckpointReader& reader, const HfTensor& tensor) {
+OpenedTensor open_plain(const CheckpointReader& reader, const HfTensor& tensor, const Quantization&) {
   const auto* found = reader.find(tensor.name);
   if (!found) return {};
   OpenedTensor result{.used = {tensor.name}};
@@ -45,23 +47,27 @@ OpenedTensor open_plain(const CheckpointReader& reader, const HfTensor& tensor) 
     wrong << "is " << c10::IntArrayRef(entry.shape) << ", the model needs " << c10::IntArrayRef(tensor.sizes());
   } else if (!c10::isFloatingType(entry.dtype) || c10::elementSize(entry.dtype) < 2) {
     wrong << "is " << entry.dtype_name << ", the model needs a 16, 32 or 64 bit floating point weight";
-    if (c10::elementSize(entry.dtype) == 1) wrong << " (quantised checkpoints are not read by this version)";
+    if (c10::elementSize(entry.dtype) == 1) wrong << " (a quantised weight without its scales?)";
   }
   result.wrong = wrong.str();
-  if (result.wrong.empty()) result.source = std::make_shared<PlainSource>(*found, stored_columns(tensor));
+  if (result.wrong.empty()) result.source = plain_source(*found, stored_columns(tensor));
   return result;
 }
 
 /// Each looks at the checkpoint and returns an OpenedTensor that is empty when the format is not its own. First come,
 /// first served: formats that recognise companions of a weight (scales) stand before the plain one.
-using Format = OpenedTensor (*)(const CheckpointReader&, const HfTensor&);
-constexpr Format kFormats[] = {open_plain};
+using Format = OpenedTensor (*)(const CheckpointReader&, const HfTensor&, const Quantization&);
+constexpr Format kFormats[] = {open_fp8, open_mxfp4, open_plain};
 
 }  // namespace
 
-OpenedTensor open_tensor(const CheckpointReader& reader, const HfTensor& tensor) {
+std::shared_ptr<const TensorSource> plain_source(const CheckpointReader::Tensor& tensor, int64_t cols) {
+  return std::make_shared<PlainSource>(tensor, cols);
+}
+
+OpenedTensor open_tensor(const CheckpointReader& reader, const HfTensor& tensor, const Quantization& quantization) {
   for (const auto format : kFormats) {
-    if (auto result = format(reader, tensor); !result.used.empty()) return result;
+    if (auto result = format(reader, tensor, quantization); !result.used.empty()) return result;
   }
   return {};
 }

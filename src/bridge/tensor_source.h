@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bridge/checkpoint_reader.h"
+#include "bridge/formats/quantization.h"
 #include "plan/plan.h"
 
 namespace mcore_bridge {
@@ -51,8 +52,11 @@ struct OpenedTensor {
   std::vector<std::string> used;               ///< names in the checkpoint that belong to it
 };
 
-/// Looks `tensor` up in every format this version reads: see the table in tensor_source.cpp. The reader must outlive
-/// the source.
-OpenedTensor open_tensor(const CheckpointReader& reader, const HfTensor& tensor);
+/// Looks `tensor` up in every format this version reads: see the table in tensor_source.cpp. `quantization`: the
+/// checkpoint's (quantization_of). The reader must outlive the source.
+OpenedTensor open_tensor(const CheckpointReader& reader, const HfTensor& tensor, const Quantization& quantization);
+
+/// A tensor that lies in a file as it is, seen as a matrix of `cols` columns.
+std::shared_ptr<const TensorSource> plain_source(const CheckpointReader::Tensor& tensor, int64_t cols);
 
 }  // namespace mcore_bridge

@@ -4,6 +4,7 @@
 #include <sstream>
 
 #include "config/json_value.h"
+#include "config/quantization.h"
 #include "families/family.h"
 #include "mcore_bridge/error.h"
 #include "mcore_bridge/model_config.h"
@@ -156,12 +157,7 @@ Json ModelConfig::from_hf(const Json& hf_config) {
   }
   Json hf = hf_config;
   auto& text = text_part(hf);
-  for (const auto* part : {&hf, &text}) {
-    if (const auto* quantised = json_find(*part, "quantization_config")) {
-      fail("config.json: quantised checkpoints (", json_string(*quantised, "quant_method", "unknown", kFile),
-           ") are not read by this version; use the bfloat16 original");
-    }
-  }
+  read_quantization(hf);  // refuses what the bridge cannot read
   // An explicit null stays: there it means "none", not "as usual".
   for (const auto& [key, value] : family->hf_defaults.items()) {
     if (!text.contains(key)) text[key] = value;

@@ -131,7 +131,8 @@ def test_lora_on_two_processes(work):
     for file in exported.glob("*.safetensors"):
         several.update(load_file(file))
     assert len(list(exported.glob("*.safetensors"))) > 1
-    assert all(torch.equal(tensor, several[name]) for name, tensor in one.items())
+    # Merged by the engine and offline: the same sums, in another order.
+    assert all(tiny.relative(several[name], tensor) < 1e-6 for name, tensor in one.items())
     assert bridge("export", "--model", work / "model", "--output_dir", exported).returncode == 1, "the folder exists"
 
     # Going on from the adapter.

@@ -27,6 +27,7 @@ def flag(default, text, section=None, choices=None):
 class ModelArguments:
     model: Optional[str] = flag(None, "Hugging Face folder or hub id", "Model and weights")
     adapters: Strings = flag([], "PEFT adapter folder to start from (one)")
+    mcore_model: Optional[str] = flag(None, "Megatron torch_dist checkpoint to take the weights from (sft, pt, export --to_hf)")
     torch_dtype: Optional[str] = flag(
         None, "dtype of the weights; default: config.json's", choices=["float32", "bfloat16", "float16"]
     )
@@ -225,6 +226,16 @@ class TrainArguments(ModelArguments):
 @dataclass
 class ExportArguments(ModelArguments):
     merge_lora: bool = flag(False, "write W + scaling * B A", "Export")
+    dequantize: bool = flag(False, "write FP8 and MXFP4 weights as plain ones (in torch_dtype, default bfloat16)")
+    quantize: Optional[Literal["fp8", "mxfp4"]] = flag(
+        None, "fp8: linear layers in blocks of 128 x 128; mxfp4: stacked experts as gpt-oss has them"
+    )
+    to_mcore: bool = flag(False, "write a Megatron torch_dist checkpoint from --model")
+    to_hf: bool = flag(False, "write a Hugging Face folder from --mcore_model")
+    test_convert_precision: bool = flag(
+        False, "after to_mcore or to_hf: compare the logits of both sides; exits 1 when they differ"
+    )
+    test_convert_dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "dtype of that comparison")
     exist_ok: bool = flag(False, "replace the weights in an existing output_dir")
 
 
@@ -252,6 +263,15 @@ class ScheduleArguments:
     exchange_cost: float = flag(0.0, "time of a message between stages")
     table: bool = flag(False, "also print the table itself, messages included", "Output")
     plot: Optional[str] = flag(None, "draw the chart into this file (png, svg, pdf)")
+
+
+@dataclass
+class DiffArguments:
+    models: Strings = flag([], "two folders or safetensors files (also as the first two arguments)", "Diff")
+    dequantize: bool = flag(False, "compare FP8 and MXFP4 weights by the values they stand for")
+    tolerance: float = flag(0.0, "largest |a - b| / |a| of a tensor that counts as equal; 0: the same values bit for bit")
+    json: bool = flag(False, "print JSON")
+    all: bool = flag(False, "list equal tensors too")
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 from .arguments import InspectArguments, parse
 
@@ -12,6 +13,18 @@ def _size(count):
             return f"{count:.1f} {unit}" if unit != "B" else f"{count} B"
         count /= 1024
     return ""
+
+
+def _quantisation(path):
+    """How config.json says the weights are quantised; any method, also one that cannot be loaded."""
+    config = Path(path) / "config.json"
+    if not config.exists():
+        return ""
+    content = json.loads(config.read_text())
+    found = content.get("quantization_config") or (content.get("text_config") or {}).get("quantization_config") or {}
+    block = found.get("weight_block_size")
+    method = str(found.get("quant_method", "")).upper()
+    return f"quantised: {method}" + (f" in blocks of {block[0]} x {block[1]}" if block else "") if method else ""
 
 
 def run(command, argv):
@@ -45,5 +58,6 @@ def run(command, argv):
     console.print(table)
     for file in content["files"]:
         console.print(f"{file['name']}: {_size(file['bytes'])}")
-    console.print(f"{len(content['tensors'])} tensors, {_size(content['total_bytes'])}")
+    quantised = _quantisation(arguments.model)
+    console.print(f"{len(content['tensors'])} tensors, {_size(content['total_bytes'])}" + (f", {quantised}" if quantised else ""))
     return 0

@@ -7,11 +7,15 @@ import sys
 COMMANDS = {
     "sft": ("train", "fine-tune on conversations (full or LoRA)"),
     "pt": ("train", "train on plain text"),
-    "export": ("export", "merge an adapter into its model, cast or re-shard a checkpoint"),
+    "export": ("export", "merge, cast, re-shard, (de)quantise a checkpoint; to and from Megatron's"),
     "verify": ("verify", "compare the engine's logits with Transformers'"),
+    "diff": ("diff", "compare two checkpoints tensor by tensor"),
     "inspect": ("inspect", "show the layout of a checkpoint without loading it"),
     "schedule": ("schedule", "show a pipeline schedule, its bubble and its peak activations"),
 }
+
+# Commands of one process: threads do their work, and no model is split.
+ALONE = ("export", "diff", "inspect", "schedule")
 
 
 def usage():
@@ -43,7 +47,7 @@ def main(argv=None):
     from .launch import relaunch
 
     wants_help = any(word in ("-h", "--help") for word in argv[1:])
-    if not wants_help and argv[0] not in ("inspect", "schedule"):
+    if not wants_help and argv[0] not in ALONE:
         code = relaunch(argv)
         if code is not None:
             return code

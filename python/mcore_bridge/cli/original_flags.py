@@ -5,7 +5,7 @@
 NEUTRAL = {
     # model and weights
     "save_safetensors": [True], "bridge_backend": ["mcore-bridge"], "check_model": None, "use_hf": None, "hub_token": None, "model_type": [],
-    "task_type": ["causal_lm"], "num_labels": [], "problem_type": [], "mrl_dims": [], "new_special_tokens": [], "mcore_model": [],
+    "task_type": ["causal_lm"], "num_labels": [], "problem_type": [], "mrl_dims": [], "new_special_tokens": [],
     "mcore_adapter": [], "ref_model": [], "ref_adapters": [], "save_missing_weights": [False], "offload_bridge": [False],
     "language_model_only": [False], "linear_decoupled_in_proj": [False], "apply_wd_to_qk_layernorm": [False],
     # recomputation, fusions, memory
@@ -25,9 +25,7 @@ NEUTRAL = {
     "optimizer_cuda_graph": [False], "use_precision_aware_optimizer": None, "vit_lr": [], "aligner_lr": [],
     # checkpoints
     "use_persistent_ckpt_worker": None, "use_cpu_initialization": None, "dist_ckpt_save_pre_mcore_014": None,
-    "dist_ckpt_optim_fully_reshardable": None,
-    "distrib_optim_fully_reshardable_mem_efficient": None, "to_hf": [True], "to_mcore": [False], "test_convert_precision": [False],
-    "test_convert_dtype": None, "device_map": None,
+    "dist_ckpt_optim_fully_reshardable": None, "distrib_optim_fully_reshardable_mem_efficient": None, "device_map": None,
     # parallelism
     "expert_tensor_parallel_size": [1], "overlap_param_gather_with_optimizer_step": None, "align_param_gather": None, "align_grad_reduce": None,
     "overlap_p2p_comm": None, "batch_p2p_comm": None, "nccl_comm_warmup": None,

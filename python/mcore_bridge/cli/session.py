@@ -27,6 +27,18 @@ def resolve_model(model):
         raise FileNotFoundError(f"--model {model}: neither a folder here nor a hub model that can be fetched: {error}") from None
 
 
+def model_folder(arguments):
+    """The folder with config.json and tokenizer: --model, or what the checkpoint of --mcore_model carries."""
+    if arguments.model or not arguments.mcore_model:
+        return resolve_model(arguments.model)
+    from ..megatron import side_folder
+
+    folder = side_folder(arguments.mcore_model)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"--mcore_model {arguments.mcore_model}: carries no config.json; name the model with --model")
+    return str(folder)
+
+
 def default_dtype(folder):
     """The dtype config.json names; float32 when it names none or none we train in."""
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
@@ -112,7 +124,7 @@ def load_adapter(models, config, folder):
     return options
 
 
-def _with_rope_scaling(content, scaling):
+def with_rope_scaling(content, scaling):
     """config.json's content with its RoPE scaling replaced, in the key it uses (the base stays)."""
     scaling = {("rope_type" if key == "type" else key): value for key, value in scaling.items()}
     base = content.get("rope_parameters") or {}
@@ -120,6 +132,12 @@ def _with_rope_scaling(content, scaling):
         kept = {key: base[key] for key in ("rope_theta", "partial_rotary_factor") if key in base}
         return {**content, "rope_parameters": {**kept, **scaling}}
     return {**content, "rope_scaling": scaling}
+
+
+def without_quantization(content):
+    """config.json's content for weights that are written in a plain dtype."""
+    content = {key: value for key, value in content.items() if key not in ("quantization_config", "compression_config")}
+    return {key: without_quantization(value) if isinstance(value, dict) else value for key, value in content.items()}
 
 
 def side_files(folder, config=None, rope_scaling=None):
@@ -131,12 +149,12 @@ def side_files(folder, config=None, rope_scaling=None):
         if keep and path.stat().st_size <= LARGEST_SIDE_FILE and path.name not in ("args.json", "logging.jsonl", "README.md"):
             files[path.name] = path.read_bytes()
     if config is not None and "config.json" in files:
-        content = json.loads(files["config.json"])
+        content = without_quantization(json.loads(files["config.json"]))
         for key in ("dtype", "torch_dtype"):
             if key in content:
                 content[key] = str(config.params_dtype).removeprefix("torch.")
         if rope_scaling:
-            content = _with_rope_scaling(content, rope_scaling)
+            content = with_rope_scaling(content, rope_scaling)
         files["config.json"] = (json.dumps(content, indent=2) + "\n").encode()
     return files
 

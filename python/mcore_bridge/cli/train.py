@@ -46,17 +46,17 @@ def _derived(arguments, command):
     if arguments.profile:
         parse_steps(arguments.profile)
     if arguments.output_dir is None:
-        arguments.output_dir = str(Path("megatron_output") / Path(arguments.model or "model").name)
+        arguments.output_dir = str(Path("megatron_output") / Path(arguments.model or arguments.mcore_model or "model").name)
     return arguments
 
 
 def run(command, argv):
     arguments = _derived(parse(TrainArguments, command, argv), command)
     from ..training.run import Run
-    from .session import resolve_model
+    from .session import model_folder
 
     init_distributed(arguments.distributed_timeout_minutes)
-    folder = resolve_model(arguments.model)
+    folder = model_folder(arguments)
     Run(arguments, folder).train()
     finish_distributed()
     return 0

@@ -18,7 +18,7 @@ def _inputs(arguments, folder, vocabulary, multiple):
     return [torch.cat([row, row.new_zeros(1, -row.shape[1] % multiple)], 1) for row in rows]
 
 
-def _reference(folder, adapters, dtype, inputs):
+def reference_logits(folder, adapters, dtype, inputs):
     """Transformers' logits, on rank 0 alone."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -58,7 +58,7 @@ def run(command, argv):
     bad = False
     if state.rank == 0:
         tolerance = arguments.tolerance or (2e-5 if config.params_dtype == torch.float32 else 2e-2)
-        expected = _reference(folder, arguments.adapters, config.params_dtype, inputs)
+        expected = reference_logits(folder, arguments.adapters, config.params_dtype, inputs)
         print(
             f"{'sequence':>8} {'tokens':>7} {'relative':>10} {'largest':>10} {'same argmax':>12} {'loss':>9} {'Transformers':>13}"
         )

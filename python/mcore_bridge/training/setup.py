@@ -48,6 +48,10 @@ def build_models(arguments, config, folder, checkpoint):
         config.bridge.load_weights(models, checkpoint)
     elif arguments.perform_initialization:
         config.bridge.initialize(models, seed=arguments.seed)
+    elif arguments.mcore_model:
+        from ..megatron import load_megatron
+
+        load_megatron(models, arguments.mcore_model)
     else:
         config.bridge.load_weights(models, folder)
     if lora and (checkpoint or arguments.adapters):

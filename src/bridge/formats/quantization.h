@@ -5,33 +5,22 @@
 #include <vector>
 
 #include "bridge/checkpoint_reader.h"
-#include "bridge/formats/fp8.h"
-#include "mcore_bridge/model_config.h"
+#include "config/quantization.h"
 
 namespace mcore_bridge {
 
-enum class QuantMethod { kNone, kFp8, kMxfp4 };
-
-struct Quantization {
-  QuantMethod method = QuantMethod::kNone;
-  BlockSize block;  ///< kFp8
-};
-
-/// Reads `quantization_config` (or `compression_config`) of config.json's content, also inside text_config. ValueError
-/// names a method this version does not read and what to do. fp8 without weight_block_size has one scale per tensor.
-Quantization read_quantization(const Json& config);
-
-/// The same for a folder; also refuses tensors that only other methods have (packed integers, zero points), when
-/// config.json does not tell. A folder without config.json is taken by its tensors alone.
+/// A checkpoint's quantisation by its config.json; also refuses tensors that only other methods have (packed integers,
+/// zero points), when config.json does not tell. A folder without config.json is taken by its tensors alone.
 Quantization quantization_of(const std::string& path, const CheckpointReader& reader);
 
 /// "fp8", "mxfp4" or "" (none). ValueError for others.
 QuantMethod quant_method(const std::string& name);
 const char* quant_name(QuantMethod method);
 
-/// Whether quantising a model gives this weight scales: matrices of linear layers, but not embeddings, the output layer,
-/// routers and their gates, small projections of linear attention, multi-token-prediction joints and vision towers, as
-/// the published checkpoints do it. fp8: [out, in] matrices named "*.weight". mxfp4: stacked and transposed experts
+/// Whether quantising a model gives this weight scales: matrices of linear layers, but not embeddings, the output
+/// layer, routers and their gates, small projections of linear attention, multi-token-prediction joints and vision
+/// towers, as the published checkpoints do it. fp8: [out, in] matrices named "*.weight". mxfp4: stacked and transposed
+/// experts
 /// "*.experts.gate_up_proj" and "*.experts.down_proj", their inputs a multiple of 32.
 bool is_quantized_weight(QuantMethod method, const std::string& name, const std::vector<int64_t>& shape);
 

@@ -1,0 +1,51 @@
+"""Loads a quantised checkpoint on each layout and saves it plain and quantised: `formats_worker.py FOLDER OUT`."""
+
+import sys
+from pathlib import Path
+
+import mcore_bridge as mb
+import torch
+import torch.distributed as dist
+
+
+def run(folder, out, tp, pp):
+    mb.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    config = mb.ModelConfig(
+        **{
+            **mb.hf_to_mcore_config(folder),
+            "params_dtype": "float32",
+            "tensor_model_parallel_size": tp,
+            "pipeline_model_parallel_size": pp,
+        }
+    )
+    models = mb.get_mcore_model(config, device="cpu")
+    report = config.bridge.load_weights(models, folder)
+    assert report["bytes_read"] == report["bytes_needed"] and not report["unexpected"], report
+    name = f"tp{tp}_pp{pp}"
+    files = {"config.json": (Path(folder) / "config.json").read_bytes()} if dist.get_rank() == 0 else {}
+    config.bridge.save_weights(models, Path(out) / f"{name}-plain")
+    config.bridge.save_weights(models, Path(out) / f"{name}-fp8", quantization="fp8", extra_files=files)
+    # A number that cannot be quantised fails on every rank.
+    for parameter in models[-1].parameters():
+        if dist.get_rank() == tp * pp - 1 and parameter.dim() == 2:
+            parameter.data[0, 0] = float("nan")
+    try:
+        config.bridge.save_weights(models, Path(out) / f"{name}-nan", quantization="fp8")
+    except FloatingPointError as error:
+        assert "NaN" in str(error)
+    else:
+        raise AssertionError("NaN was quantised")
+    mb.destroy_model_parallel()
+
+
+def main():
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for tp, pp in ((4, 1), (2, 2), (1, 4), (2, 1)):
+        run(sys.argv[1], sys.argv[2], tp, pp)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
