@@ -156,17 +156,20 @@ def test_lora_on_two_processes(work):
 
 def test_full_training_is_the_same_on_every_layout(work):
     losses = {}
+    succeeds(
+        "export", "--model", work / "model", "--to_mcore", "true", "--torch_dtype", "float32", "--output_dir", work / "mcore"
+    )
+    model, megatron = ["--model", work / "model"], ["--mcore_model", work / "mcore"]
     for name, processes, flags in [
-        ("one", 1, []),
-        ("dp2", 2, []),
-        ("pp2", 2, ["--pipeline_model_parallel_size", 2]),
-        ("cp2", 2, ["--context_parallel_size", 2, "--cp_comm_type", "all_gather"]),
+        ("one", 1, model),
+        ("dp2", 2, model),
+        ("pp2", 2, [*model, "--pipeline_model_parallel_size", 2]),
+        ("cp2", 2, [*model, "--context_parallel_size", 2, "--cp_comm_type", "all_gather"]),
+        ("megatron_tp2", 2, [*megatron, "--tensor_model_parallel_size", 2]),
     ]:
         out = work / f"full-{name}"
         succeeds(
             "pt",
-            "--model",
-            work / "model",
             "--dataset",
             work / "plain.txt",
             *COMMON,
@@ -182,6 +185,7 @@ def test_full_training_is_the_same_on_every_layout(work):
     assert losses["one"] == pytest.approx(losses["dp2"], abs=1e-5)
     assert losses["one"] == pytest.approx(losses["pp2"], abs=1e-5)
     assert losses["one"] == pytest.approx(losses["cp2"], abs=1e-5)
+    assert losses["one"] == pytest.approx(losses["megatron_tp2"], abs=1e-5)
     flags = ["--context_parallel_size", 2, "--cp_comm_type", "a2a", "--text", "w1 w2 w3", "--torch_dtype", "float32"]
     assert "ok" in succeeds("verify", "--model", work / "full-cp2/checkpoint-6", *flags, processes=2)
 
