@@ -1,6 +1,7 @@
 #include "bridge/lora_merge.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/util/ArrayRef.h>
 
 #include <cmath>

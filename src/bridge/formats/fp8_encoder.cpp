@@ -1,6 +1,7 @@
 #include "bridge/formats/fp8_encoder.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include <limits>
 #include <map>
