@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
 #include <atomic>
 #include <optional>
 #include <utility>
@@ -63,6 +64,11 @@ void WeightGradients::add(at::Tensor tensor, std::function<at::Tensor()> gradien
   const std::lock_guard lock(mutex_);
   tensors_.push_back(std::move(tensor));
   gradients_.push_back(std::move(gradient));
+}
+
+bool WeightGradients::holds(const at::Tensor& tensor) {
+  const std::lock_guard lock(mutex_);
+  return std::any_of(tensors_.begin(), tensors_.end(), [&](const auto& held) { return held.is_same(tensor); });
 }
 
 void WeightGradients::run() {

@@ -20,6 +20,8 @@ class WeightGradients {
 
   /// `gradient` computes what backward adds to `tensor`, a parameter or something computed from parameters.
   void add(at::Tensor tensor, std::function<at::Tensor()> gradient);
+  /// Whether a gradient of exactly this tensor is put aside.
+  bool holds(const at::Tensor& tensor);
   /// Computes and accumulates all of them, hooks of the parameters included, then forgets them.
   void run();
 

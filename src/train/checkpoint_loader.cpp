@@ -68,7 +68,7 @@ void load(Trainer& trainer, const std::string& folder, const CheckpointOptions& 
     if (planned.parameter->plan.rule.pad_rows) values.zero_();
     for (const auto& region : planned.regions) {
       const auto& tensor = planned.tensor(region);
-      const auto opened = open_tensor(reader, tensor);
+      const auto opened = open_tensor(reader, tensor, Quantization{});
       if (!opened.source) {
         (opened.used.empty() ? missing : wrong)
             .insert(planned.slice.kind + " of " + tensor.name + (opened.used.empty() ? "" : " " + opened.wrong));

@@ -9,6 +9,7 @@
 #include <map>
 #include <tuple>
 
+#include "layers/weight_gradients.h"
 #include "mcore_bridge/error.h"
 #include "models/gpt_model.h"
 
@@ -132,6 +133,8 @@ void ParameterBuffers::begin(int micro_batches) {
 void ParameterBuffers::arrived(size_t b, size_t e) {
   auto& bucket = *buckets_[b];
   const auto& entry = bucket.entries()[e];
+  // Autograd tells of a gradient that was put aside as well, and again when it comes.
+  if (auto* later = WeightGradients::current(); later && later->holds(entry.parameter->tensor)) return;
   if (!bucket.contributed(entry)) return;
   if (options_.sharding >= Sharding::kGradients) {
     bucket.take(entry);

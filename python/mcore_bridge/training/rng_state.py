@@ -6,6 +6,8 @@ from array import array
 
 import torch
 
+from ..engine import _core
+
 
 def _text(data):
     return base64.b64encode(data).decode()
@@ -33,11 +35,18 @@ def capture():
         pass
     if torch.cuda.is_available():
         state["cuda"] = _text(torch.cuda.get_rng_state().numpy().tobytes())
+    # Streams of the engine's own, for what ranks must not draw alike.
+    state["engine"] = [_text(stream.numpy().tobytes()) for stream in _core.random_state(_device())]
     return state
 
 
+def _device():
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+
+
 def _tensor(text):
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+    data = bytearray(base64.b64decode(text))
+    return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
 def restore(state):
@@ -54,3 +63,4 @@ def restore(state):
         numpy.random.set_state((saved["name"], key, saved["position"], saved["has_gauss"], saved["gauss"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(_tensor(state["cuda"]))
+    _core.set_random_state([_tensor(stream) for stream in state["engine"]], _device())

@@ -48,9 +48,11 @@ class Fp8Encoder : public TensorEncoder {
       for (const auto& region : parameter.plan.regions) {
         const auto& tensor = parameter.plan.tensors[region.tensor];
         if (!region.owner || region.rows * region.cols == 0 || !grids_.contains(tensor.name)) continue;
-        if (!value.defined()) value = as_matrix(parameter.value());
-        const auto values =
-            box(value, region.row, region.col, region.rows, region.cols).to(at::kCPU, at::kFloat).contiguous();
+        if (!value.defined()) value = parameter.value();
+        const auto values = value.narrow(0, region.row, region.rows)
+                                .narrow(1, region.col, region.cols)
+                                .to(at::kCPU, at::kFloat)
+                                .contiguous();
         if (!raise_amax(values.const_data_ptr<float>(), region.hf_row, region.hf_col, region.rows, region.cols,
                         first_block(tensor, region.hf_row, region.hf_col), grids_.at(tensor.name).columns, kBlock)) {
           // Every rank must see it, and say so where all of them can: in write().
