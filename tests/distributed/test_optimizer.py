@@ -54,8 +54,6 @@ FAST = [
     ],
     *[("adam", mode, "tp2_dp2") for mode in ("overlap", "zero3")],
     *[("adam", mode, "pp2_dp2") for mode in ("overlap", "zero3")],
-    *[("adam", "zero3", layout) for layout in ("vpp2_dp2", "zb_dp2", "cp2_dp2")],
-    ("adam", "overlap", "zb_dp2"),
     *[("unclipped", mode, "dp2") for mode in ("plain", "overlap")],
     ("lora", "zero3", "dp2"),
     ("lora_recompute", "zero3", "pp2_dp2"),
