@@ -263,6 +263,7 @@ def test_limits_links_and_fresh_starts(work):
     assert "without its optimizer" in results["fat"]["error"] and results["fresh"]["start"] == 2
 
 
+@pytest.mark.slow
 def test_restarts_of_torchrun_go_on_by_themselves(work):
     whole = jobs(work, "restart-whole", 2, dict(name="whole", argv=argv(work, "restart-whole", "--save_steps", 1)))["whole"]
     job = dict(name="restart", argv=argv(work, "restart", "--save_steps", 1), die_after=3)

@@ -118,11 +118,13 @@ def run(case, folder):
     mb.set_random_seed(1234)
     sizes = {argument: layout[key] for key, argument in LAYOUT_ARGUMENTS.items() if key in layout}
     config = mb.ModelConfig(
-        **mb.hf_to_mcore_config(folder),
-        **sizes,
-        sequence_parallel=layout.get("sp", False),
-        **layout.get("fields", {}),
-        **case.get("fields", {}),
+        **{
+            **mb.hf_to_mcore_config(folder),
+            **sizes,
+            "sequence_parallel": layout.get("sp", False),
+            **layout.get("fields", {}),
+            **case.get("fields", {}),
+        }
     )
     models = mb.get_mcore_model(config)
     if case.get("initialize"):

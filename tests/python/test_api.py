@@ -64,12 +64,6 @@ def test_bad_config(folder, change, error, text):
         mb.ModelConfig(**{**mb.hf_to_mcore_config(str(folder)), **change})
 
 
-def test_float16_is_refused_for_training(folder):
-    config = mb.ModelConfig(**mb.hf_to_mcore_config(str(folder)), fp16=True)
-    with pytest.raises(ValueError, match="loss scaling"):
-        mb.Trainer(mb.get_mcore_model(config), lr=1e-3, train_iters=2)
-
-
 def test_family_lookup():
     from mcore_bridge.model import get_mcore_model_type
 
