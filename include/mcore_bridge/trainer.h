@@ -38,8 +38,8 @@ class Trainer {
   /// `micro_batches`: this data-parallel rank's share of the global batch, the same on all its tensor, context and
   /// pipeline ranks (whole: each context-parallel rank takes its part by itself) and equally many on every
   /// data-parallel rank. `labels` must be given. Throws NonFiniteError on all ranks together, naming the step, before
-  /// any parameter changes. With float16 a step whose gradients overflow is skipped instead, until the loss scale cannot
-  /// go lower.
+  /// any parameter changes. With float16 a step whose gradients overflow is skipped instead, until the loss scale
+  /// cannot go lower.
   StepResult train_step(const std::vector<ForwardInput>& micro_batches);
   /// Mean loss without gradients.
   double evaluate(const std::vector<ForwardInput>& micro_batches);

@@ -34,14 +34,15 @@ class CheckpointWriter {
   CheckpointWriter(Trainer& trainer, const CheckpointOptions& options);
   ~CheckpointWriter();
 
-  /// Copies everything this rank will write to host memory (pinned on a GPU; kept for the next time). Training may go on
-  /// as soon as it returns. Without it write() reads the live tensors.
+  /// Copies everything this rank will write to host memory (pinned on a GPU; kept for the next time). Training may go
+  /// on as soon as it returns. Without it write() reads the live tensors.
   void snapshot();
 
   /// Files beside the tensors; only the first rank's are used.
   struct Content {
     std::vector<std::pair<std::string, std::string>> files;  ///< (name, content); "training_state/x.json" is allowed
-    std::string state;  ///< JSON object for training_state/state.json; "files" (bytes and crc32c of every file) is added
+    std::string
+        state;  ///< JSON object for training_state/state.json; "files" (bytes and crc32c of every file) is added
   };
   /// `folder` appears whole, or stays as it was and every rank throws. Collective over `group`, which must hold all
   /// ranks and be used by nobody else meanwhile; any thread. Drops the snapshot.

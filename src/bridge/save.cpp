@@ -179,9 +179,10 @@ void save_weights(const Chunks& chunks, const std::string& folder, const SaveOpt
   const bool leader = parallel.rank == 0;
   auto step = [&](const std::function<void()>& work) { together(parallel.world, work); };
 
-  MCB_CHECK(options.quantization.empty() || (options.quantization == "fp8" && !options.peft_format && !options.convert),
-            "save_weights: quantization '", options.quantization,
-            "': fp8 is what whole models are saved in, without a converter; mcore-bridge export --quantize knows mxfp4 too");
+  MCB_CHECK(
+      options.quantization.empty() || (options.quantization == "fp8" && !options.peft_format && !options.convert),
+      "save_weights: quantization '", options.quantization,
+      "': fp8 is what whole models are saved in, without a converter; mcore-bridge export --quantize knows mxfp4 too");
   std::unique_ptr<TensorEncoder> encoder;
   const ConvertingEncoder* converting = nullptr;
   auto extra_files = options.extra_files;

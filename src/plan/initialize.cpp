@@ -1,7 +1,6 @@
 #include "plan/initialize.h"
 
 #include <ATen/ATen.h>
-#include <ATen/core/grad_mode.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 

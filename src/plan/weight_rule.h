@@ -24,7 +24,7 @@ enum class Fuse {
   kGroups,    ///< rows grouped as WeightRule::grouping says: per group its rows of each part, one part after the other
   kInterleaved,  ///< parts that take turns row by row in one Hugging Face tensor (gpt-oss: even rows gate, odd rows
                  ///< up); each rank holds [its gate rows ; its up rows]
-  kStack,  ///< one after the other along dim 0, each whole (LoRA A of a fused projection)
+  kStack,        ///< one after the other along dim 0, each whole (LoRA A of a fused projection)
 };
 
 /// Sizes a kQkv or kSplitQkv rule needs.

@@ -24,7 +24,16 @@ def test_one_forward_one_backward(capsys):
 
 
 def test_interleaved_and_its_messages(capsys):
-    flags = ["--pipeline_model_parallel_size", "2", "--virtual_pipeline_model_parallel_size", "2", "--micro_batches", "2", "--table", "true"]
+    flags = [
+        "--pipeline_model_parallel_size",
+        "2",
+        "--virtual_pipeline_model_parallel_size",
+        "2",
+        "--micro_batches",
+        "2",
+        "--table",
+        "true",
+    ]
     code, out, _ = shown(capsys, *flags)
     assert code == 0 and "interleaved" in out and "F1b" in out
     # Chunk 1 is the last stage's first one; its output goes back to the first stage, for chunk 2.
