@@ -139,7 +139,6 @@ def test_the_engine_loads_it(tmp_path):
     model = tiny.save("qwen2", tmp_path / "hf")
     config = config_of(tmp_path / "hf")
     to_megatron(config, tmp_path / "hf", tmp_path / "mcore")
-    mb.initialize_model_parallel()
     models = mb.get_mcore_model(config, device="cpu")
     load_megatron(models, tmp_path / "mcore")
     ids, _ = tiny.rows(1, 16)
