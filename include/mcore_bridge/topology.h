@@ -25,6 +25,9 @@ struct ParallelSizes {
 struct RankCoordinates {
   int tp = 0, cp = 0, dp = 0, pp = 0;
   int etp = 0, ep = 0, edp = 0;
+  /// Ranks of one copy hold the whole model together, and no fewer do: tensor x pipeline, or as many as its experts
+  /// need.
+  int copy = 0;
 };
 
 /// The kinds of process groups a run needs; `group_name` gives their Megatron names.
@@ -35,7 +38,7 @@ enum class GroupKind {
   kDataContext,
   kPipeline,
   kPipelineBack /* the same ranks: what goes from a later to an earlier place */,
-  kModel /* tensor x pipeline */,
+  kModel /* ranks of one RankCoordinates::copy */,
   kTensorContext,
   kEmbedding /* first and last stage */,
   kExpert,

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <set>
 
 #include "mcore_bridge/error.h"
@@ -45,8 +46,9 @@ std::vector<PlannedParameter> planned_parameters(const Chunks& chunks, const Sel
     std::map<std::string, const ParallelLinear*> linears;
     for (const auto& [name, layer] : chunk->linears()) linears[name + ".weight"] = layer;
     if (selection.merge_lora) adapter_options(*chunk, selection.adapter_name);
-    const auto& tp = chunk->parallel().tp;
-    for (auto& plan : make_plan(selected_rules(*chunk, chunk->rules(), selection), tp.rank(), tp.size())) {
+    const auto& parallel = chunk->parallel();
+    const SplitRanks ranks{parallel.tp.rank(), parallel.tp.size(), parallel.etp.rank(), parallel.etp.size()};
+    for (auto& plan : make_plan(selected_rules(*chunk, chunk->rules(), selection), ranks)) {
       const auto found = tensors.find(plan.name);
       TORCH_INTERNAL_ASSERT(found != tensors.end(), "the plan's ", plan.name, " is no parameter");
       const auto tensor = found->second;
@@ -61,6 +63,22 @@ std::vector<PlannedParameter> planned_parameters(const Chunks& chunks, const Sel
     }
   }
   return result;
+}
+
+const Group& replicas_of(const ParameterPlan& plan, const ParallelState& parallel) {
+  return plan.rule.experts.total > 0 ? parallel.edp : parallel.dp_cp;
+}
+
+std::vector<PlannedParameter> owned_parameters(const Chunks& chunks, const Selection& selection) {
+  auto parameters = planned_parameters(chunks, selection);
+  const auto& parallel = chunks[0]->parallel();
+  const auto& copy = parallel.model.ranks();
+  std::erase_if(parameters, [&](const PlannedParameter& parameter) {
+    const auto& replicas = replicas_of(parameter.plan, parallel);
+    const auto first = std::find_first_of(replicas.ranks().begin(), replicas.ranks().end(), copy.begin(), copy.end());
+    return *first != replicas.ranks()[replicas.rank()];
+  });
+  return parameters;
 }
 
 std::unique_ptr<MaterialisedParameters> in_place(const Chunks& chunks, const Selection& selection) {

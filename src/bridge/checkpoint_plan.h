@@ -9,6 +9,7 @@
 
 #include "mcore_bridge/bridge.h"
 #include "mcore_bridge/materialised.h"
+#include "parallel/parallel_state.h"
 #include "plan/plan.h"
 
 namespace mcore_bridge {
@@ -31,13 +32,21 @@ struct Selection {
 /// Parameters of this rank's chunks in file order. KeyError when the adapter does not exist.
 std::vector<PlannedParameter> planned_parameters(const Chunks& chunks, const Selection& selection);
 
+/// The ranks that hold the same of a parameter.
+const Group& replicas_of(const ParameterPlan& plan, const ParallelState& parallel);
+
+/// planned_parameters less those that another rank of this copy of the model (ParallelState::model) stands for: experts
+/// are spread wider than the rest, or the rest wider than the experts. Each element of the checkpoint is then owned
+/// once in every copy.
+std::vector<PlannedParameter> owned_parameters(const Chunks& chunks, const Selection& selection);
+
 /// The selection's parameters in place while it lives. Collective.
 std::unique_ptr<MaterialisedParameters> in_place(const Chunks& chunks, const Selection& selection);
 
 /// Every tensor of the whole checkpoint in file order, the same on all ranks.
 std::vector<HfTensor> whole_checkpoint(const Chunks& chunks, const Selection& selection);
 
-/// Regions of `tensor` (by name) that this rank owns.
+/// Regions that this rank owns, by the name of the tensor.
 struct OwnedRegion {
   const PlannedParameter* parameter;
   const Region* region;

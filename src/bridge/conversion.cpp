@@ -53,7 +53,10 @@ uint64_t write_fp8(const ConversionTask& task, const std::vector<float>& values,
   if (!raise_amax(values.data(), row, 0, task.count, from.cols, amax.data(), columns, conversion.block))
     not_finite(conversion);
   std::vector<uint8_t> quantised(values.size());
-  quantize_fp8(values.data(), row, 0, task.count, from.cols, amax.data(), columns, conversion.block, quantised.data());
+  auto factors = amax;
+  for (auto& factor : factors) factor = fp8_factor(factor);
+  quantize_fp8(values.data(), row, 0, task.count, from.cols, factors.data(), columns, conversion.block,
+               quantised.data());
   std::transform(amax.begin(), amax.end(), scales.begin(), fp8_scale);
   write_rows(writer, from.name, from.cols, task.first, task.count, quantised.data(), 1);
   write_rows(writer, fp8_scale_name(from.name), columns,

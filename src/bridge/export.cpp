@@ -175,7 +175,7 @@ WeightExporter::WeightExporter(Chunks chunks, ExportOptions options) : state_(st
   state.group = model.parallel().model;
   state.dtype = model.config().params_dtype;
   state.device = model.device();
-  state.parameters = planned_parameters(chunks, selection);
+  state.parameters = owned_parameters(chunks, selection);
   state.whole = in_place(chunks, selection);
   state.tensors = whole_checkpoint(chunks, selection);
   if (!options.names.empty())

@@ -200,6 +200,10 @@ LoadReport load(const Chunks& chunks, const std::string& folder, const LoadOptio
     if (options.progress) options.progress(done, work);
   });
   for (auto& loader : loaders) loader.finish();
+  if (!options.peft_format) chunks[0]->fp8_scales.clear();
+  for (const auto& [name, source] : sources) {
+    if (source->scales()) chunks[0]->fp8_scales[name] = *source->scales();
+  }
   report.bytes_needed += static_cast<int64_t>(reader.bytes_loaded());  // whole tensors a converter asked for
   for (const auto& file : reader.files()) report.bytes_read += static_cast<int64_t>(file->data_bytes_read());
   TORCH_INTERNAL_ASSERT(report.bytes_read == report.bytes_needed, "load_weights read ", report.bytes_read,

@@ -191,11 +191,11 @@ void save_weights(const Chunks& chunks, const std::string& folder, const SaveOpt
   std::unique_ptr<AtomicFolder> target;
   step([&] {
     at::NoGradGuard no_grad;
-    parameters = planned_parameters(chunks, selection);
+    parameters = owned_parameters(chunks, selection);
     std::vector<StoredTensor> stored;
     const auto tensors = whole_checkpoint(chunks, selection);
     const auto dtype = model.config().params_dtype;
-    encoder = options.quantization.empty() ? plain_encoder(dtype) : fp8_encoder(dtype, tensors);
+    encoder = options.quantization.empty() ? plain_encoder(dtype) : fp8_encoder(dtype, tensors, model.fp8_scales);
     if (options.convert) {
       auto wrapped = std::make_unique<ConvertingEncoder>(std::move(encoder), options.convert);
       converting = wrapped.get();
@@ -224,10 +224,11 @@ void save_weights(const Chunks& chunks, const std::string& folder, const SaveOpt
       writer.create();
       writer.sync();
     });
-    // Data-parallel replicas hold the same; one of them writes.
-    if (parallel.dp_cp.rank() == 0) encoder->prepare(parameters, parallel.model);
+    // Every copy of the model is the same; the first is written.
+    const bool writes = parallel.place.copy == 0;
+    if (writes) encoder->prepare(parameters, parallel.model);
     step([&] {
-      if (parallel.dp_cp.rank() != 0) return;
+      if (!writes) return;
       const at::NoGradGuard no_grad;
       ShardWriter writer(target->staging(), layout);
       write_parameters(parameters, *encoder, writer, options.progress);

@@ -10,6 +10,7 @@
 
 #include "bridge/checkpoint_reader.h"
 #include "bridge/formats/quantization.h"
+#include "models/fp8_scales.h"
 #include "plan/plan.h"
 
 namespace mcore_bridge {
@@ -40,6 +41,8 @@ class TensorSource {
   virtual Position position(const Box& box) const = 0;
   /// Boxes read together should begin at multiples of this many rows (the height of a quantisation block).
   virtual int64_t row_block() const { return 1; }
+  /// The scales of a matrix in blocks of 128 x 128, filled in by the reads; null for other formats.
+  virtual const Fp8Scales* scales() const { return nullptr; }
   /// Announces, before the first read, a box that will be read exactly once. A source that has to hold something can
   /// free it after the last.
   virtual void expect(const Box& box) const {}

@@ -11,6 +11,7 @@
 #include "layers/module.h"
 #include "layers/transformer_layer.h"
 #include "mcore_bridge/model.h"
+#include "models/fp8_scales.h"
 #include "models/parameter_gate.h"
 #include "parallel/parallel_state.h"
 
@@ -54,6 +55,9 @@ class GPTModel : public Module {
 
   /// Options of every adapter by name, for its files.
   std::map<std::string, LoraOptions> lora_options;
+
+  /// Of the FP8 checkpoint the weights were loaded from; all chunks' on the first one.
+  Fp8ScalesByName fp8_scales;
 
   /// Parameters an adapter trains in full and saves with it, named as in rules().
   std::vector<std::string> modules_to_save;

@@ -1,6 +1,7 @@
 #include "mcore_bridge/topology.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "mcore_bridge/error.h"
 
@@ -14,7 +15,7 @@ struct Name {
 constexpr Name kNames[] = {
     {GroupKind::kTensor, "tp"},         {GroupKind::kContext, "cp"},          {GroupKind::kData, "dp"},
     {GroupKind::kDataContext, "dp-cp"}, {GroupKind::kPipeline, "pp"},         {GroupKind::kPipelineBack, "pp-back"},
-    {GroupKind::kModel, "tp-pp"},       {GroupKind::kTensorContext, "tp-cp"}, {GroupKind::kEmbedding, "embd"},
+    {GroupKind::kModel, "model"},       {GroupKind::kTensorContext, "tp-cp"}, {GroupKind::kEmbedding, "embd"},
     {GroupKind::kExpert, "ep"},         {GroupKind::kExpertTensor, "etp"},    {GroupKind::kExpertData, "edp"},
     {GroupKind::kWorld, "world"},
 };
@@ -84,6 +85,7 @@ RankCoordinates Topology::coordinates(int rank) const {
   place.etp = inner % s.expert_tensor;
   place.ep = inner / s.expert_tensor % s.expert;
   place.edp = inner / (s.expert_tensor * s.expert);
+  place.copy = inner / std::lcm(s.tensor, s.expert_tensor * s.expert);
   return place;
 }
 
@@ -108,7 +110,7 @@ std::vector<int> group_key(GroupKind kind, const RankCoordinates& at, int last_s
     case GroupKind::kPipelineBack:
       return {at.tp, at.cp, at.dp};
     case GroupKind::kModel:
-      return {at.cp, at.dp};
+      return {at.copy};
     case GroupKind::kTensorContext:
       return {at.dp, at.pp};
     case GroupKind::kEmbedding:

@@ -35,10 +35,6 @@ std::vector<Region> stored_blocks(const HfTensor& tensor, const Region& region, 
   return result;
 }
 
-const Group& replicas_of(const ParameterPlan& plan, const ParallelState& parallel) {
-  return plan.rule.experts.total > 0 ? parallel.edp : parallel.dp_cp;
-}
-
 std::vector<PlannedSlice> plan_slices(const Chunks& chunks, const std::vector<PlannedParameter>& parameters,
                                       std::vector<StateSlice> slices) {
   std::unordered_map<const at::TensorImpl*, const PlannedParameter*> planned;

@@ -21,9 +21,6 @@ at::Tensor stored_view(const at::Tensor& flat, int64_t begin, const ParameterPla
 /// A region cut, along the rows of its stored box, into parts of at most about `bytes`.
 std::vector<Region> stored_blocks(const HfTensor& tensor, const Region& region, int64_t element_bytes, int64_t bytes);
 
-/// The ranks that hold the same of a parameter.
-const Group& replicas_of(const ParameterPlan& plan, const ParallelState& parallel);
-
 /// A slice and the boxes it is made of.
 struct PlannedSlice {
   StateSlice slice;

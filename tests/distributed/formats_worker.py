@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 
 
-def run(folder, out, tp, pp):
+def run(folder, out, tp, pp, dtype="float32"):
     mb.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     config = mb.ModelConfig(
         **{
             **mb.hf_to_mcore_config(folder),
-            "params_dtype": "float32",
+            "params_dtype": dtype,
             "tensor_model_parallel_size": tp,
             "pipeline_model_parallel_size": pp,
         }
@@ -21,10 +21,14 @@ def run(folder, out, tp, pp):
     models = mb.get_mcore_model(config, device="cpu")
     report = config.bridge.load_weights(models, folder)
     assert report["bytes_read"] == report["bytes_needed"] and not report["unexpected"], report
-    name = f"tp{tp}_pp{pp}"
+    name = f"tp{tp}_pp{pp}" + ("" if dtype == "float32" else f"-{dtype}")
     files = {"config.json": (Path(folder) / "config.json").read_bytes()} if dist.get_rank() == 0 else {}
     config.bridge.save_weights(models, Path(out) / f"{name}-plain")
     config.bridge.save_weights(models, Path(out) / f"{name}-fp8", quantization="fp8", extra_files=files)
+    for parameter_name, parameter in models[0].named_parameters():
+        if dist.get_rank() == 0 and parameter_name == "decoder.layers.0.mlp.linear_fc2.weight":
+            parameter.data[0, 0] = 9.0
+    config.bridge.save_weights(models, Path(out) / f"{name}-changed", quantization="fp8")
     # A number that cannot be quantised fails on every rank.
     for parameter in models[-1].parameters():
         if dist.get_rank() == tp * pp - 1 and parameter.dim() == 2:
@@ -43,6 +47,7 @@ def main():
     dist.init_process_group("gloo")
     for tp, pp in ((4, 1), (2, 2), (1, 4), (2, 1)):
         run(sys.argv[1], sys.argv[2], tp, pp)
+    run(sys.argv[1], sys.argv[2], 2, 1, "bfloat16")
     dist.barrier()
     dist.destroy_process_group()
 

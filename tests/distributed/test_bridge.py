@@ -135,3 +135,29 @@ def test_a_full_disk_keeps_the_old_state(tmp_path):
     assert any(line.startswith("ERROR") and "model.safetensors" in line and "No space" in line for line in lines), lines
     assert [line for line in lines if line and not line.startswith("ERROR")] == ["out"], "nothing is left beside it"
     same(tensors_of(tmp_path / "kept"), base)
+
+
+def test_memory_beyond_the_parameters_stays_small(tmp_path):
+    """A child loads 180 MB of bfloat16 into float32 parameters and saves them; beside the parameters it holds buffers."""
+    shape = dict(vocab_size=32000, hidden_size=1024, intermediate_size=3072, num_hidden_layers=2)
+    tiny.build("qwen3", **shape).bfloat16().save_pretrained(tmp_path / "model")
+    script = f"""
+import resource
+import mcore_bridge as mb, torch
+torch.set_num_threads(1)
+mb.initialize_model_parallel()
+config = mb.ModelConfig(**{{**mb.hf_to_mcore_config({str(tmp_path / "model")!r}), "params_dtype": torch.float32}})
+models = mb.get_mcore_model(config)
+for parameter in models[0].parameters():
+    parameter.data.zero_()
+size = sum(parameter.nbytes for parameter in models[0].parameters())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+config.bridge.load_weights(models, {str(tmp_path / "model")!r})
+config.bridge.save_weights(models, {str(tmp_path / "out")!r}, max_shard_size="100MB")
+print(size >> 20, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before >> 10)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    size, more = map(int, done.stdout.split())
+    assert size > 300 and more < 64, f"{more} MiB for parameters of {size} MiB"
+    same(tensors_of(tmp_path / "out"), {name: tensor.float() for name, tensor in tensors_of(tmp_path / "model").items()})

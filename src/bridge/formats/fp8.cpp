@@ -28,12 +28,6 @@ void for_each_run(int64_t row, int64_t col, int64_t rows, int64_t cols, int64_t 
   }
 }
 
-/// What a value is multiplied with; 0 when the block becomes zeros.
-float factor_of(float amax) {
-  const float factor = amax > 0 ? kLargest / amax : 1.0f;
-  return std::isfinite(factor) ? factor : 0.0f;
-}
-
 }  // namespace
 
 void dequantize_fp8(const uint8_t* values, int64_t row, int64_t col, int64_t rows, int64_t cols, const float* scales,
@@ -45,8 +39,13 @@ void dequantize_fp8(const uint8_t* values, int64_t row, int64_t col, int64_t row
   });
 }
 
+float fp8_factor(float amax) {
+  const float factor = amax > 0 ? kLargest / amax : 1.0f;
+  return std::isfinite(factor) ? factor : 0.0f;
+}
+
 float fp8_scale(float amax) {
-  const float factor = factor_of(amax);
+  const float factor = fp8_factor(amax);
   return factor > 0 ? 1.0f / factor : 1.0f;
 }
 
@@ -65,12 +64,12 @@ bool raise_amax(const float* values, int64_t row, int64_t col, int64_t rows, int
   return finite;
 }
 
-void quantize_fp8(const float* values, int64_t row, int64_t col, int64_t rows, int64_t cols, const float* amax,
-                  int64_t amax_columns, BlockSize block, uint8_t* to) {
+void quantize_fp8(const float* values, int64_t row, int64_t col, int64_t rows, int64_t cols, const float* factors,
+                  int64_t factor_columns, BlockSize block, uint8_t* to) {
   constexpr int64_t kPiece = 512;
   float scaled[kPiece];
-  for_each_run(row, col, rows, cols, amax_columns, block, [&](int64_t index, int64_t first, int64_t count) {
-    const float factor = factor_of(amax[index]);
+  for_each_run(row, col, rows, cols, factor_columns, block, [&](int64_t index, int64_t first, int64_t count) {
+    const float factor = factors[index];
     for (int64_t done = 0; done < count; done += kPiece) {
       const auto piece = std::min(kPiece, count - done);
       for (int64_t k = 0; k < piece; ++k)

@@ -26,8 +26,11 @@ float fp8_scale(float amax);
 bool raise_amax(const float* values, int64_t row, int64_t col, int64_t rows, int64_t cols, float* amax,
                 int64_t amax_columns, BlockSize block);
 
-/// round(value * (448 / amax)) of each value, the product in float.
-void quantize_fp8(const float* values, int64_t row, int64_t col, int64_t rows, int64_t cols, const float* amax,
-                  int64_t amax_columns, BlockSize block, uint8_t* to);
+/// What a block's values are multiplied with: 448 / amax; 0 when the block becomes zeros.
+float fp8_factor(float amax);
+
+/// round(value * its block's factor), the product in float; `factors` as `scales` above.
+void quantize_fp8(const float* values, int64_t row, int64_t col, int64_t rows, int64_t cols, const float* factors,
+                  int64_t factor_columns, BlockSize block, uint8_t* to);
 
 }  // namespace mcore_bridge

@@ -1,9 +1,12 @@
 #include "bridge/formats/quantized_source.h"
 
+#include <ATen/ATen.h>
 #include <c10/core/ScalarType.h>
 #include <c10/util/ArrayRef.h>
 
 #include <algorithm>
+#include <atomic>
+#include <mutex>
 #include <sstream>
 
 #include "bridge/formats/float_bytes.h"
@@ -36,9 +39,12 @@ class Fp8Source : public TensorSource {
     scale_rows_ = blocks_of(rows_, block.rows);
     scale_cols_ = blocks_of(cols_, block.cols);
     scale_element_ = c10::elementSize(scale.entry->dtype);
+    keeps_ = shape.size() == 2 && block == BlockSize{};
+    kept_.dtype = scale.entry->dtype;
   }
 
   c10::ScalarType dtype() const override { return c10::ScalarType::Float; }
+  const Fp8Scales* scales() const override { return keeps_ ? &kept_ : nullptr; }
   int64_t row_block() const override { return rows_ % block_.rows == 0 ? block_.rows : 1; }
   Position position(const Box& box) const override {
     return {weight_.file->path(),
@@ -73,6 +79,7 @@ class Fp8Source : public TensorSource {
           static_cast<uint64_t>(grid.cols) * scale_element_, raw.data());
       scales.resize(static_cast<size_t>(grid.numel()));
       to_float(scale_.entry->dtype, raw.data(), scales.data(), grid.numel());
+      keep(grid, scales);
       dequantize_fp8(values.data(), part.row, part.col, part.rows, part.cols, scales.data(), grid.cols, block_, out);
       out += part.numel();
     });
@@ -88,6 +95,16 @@ class Fp8Source : public TensorSource {
       row = end;
     }
   }
+  /// Threads whose boxes share a block write the same.
+  void keep(const Box& grid, const std::vector<float>& scales) const {
+    if (!keeps_) return;
+    std::call_once(allocated_, [&] { kept_.grid = at::zeros({scale_rows_, scale_cols_}, at::kFloat); });
+    auto* rows = kept_.grid.mutable_data_ptr<float>();
+    for (int64_t i = 0; i < grid.numel(); ++i) {
+      auto& place = rows[(grid.row + i / grid.cols) * scale_cols_ + grid.col + i % grid.cols];
+      std::atomic_ref(place).store(scales[static_cast<size_t>(i)], std::memory_order_relaxed);
+    }
+  }
   /// The box of scales that a box of one matrix needs.
   Box scales_of(const Box& part) const {
     const auto row = part.row / block_.rows, col = part.col / block_.cols;
@@ -99,6 +116,9 @@ class Fp8Source : public TensorSource {
   const BlockSize block_;
   int64_t rows_, cols_, scale_rows_, scale_cols_;
   uint64_t scale_element_;
+  bool keeps_ = false;
+  mutable std::once_flag allocated_;
+  mutable Fp8Scales kept_;
 };
 
 class Mxfp4Source : public TensorSource {

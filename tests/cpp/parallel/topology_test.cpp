@@ -21,6 +21,13 @@ TEST(Topology, MegatronsOrder) {
   EXPECT_EQ(topology.group_of(GroupKind::kExpertData, 0), (std::vector<int>{0, 2, 4, 6}));
 }
 
+TEST(Topology, ExpertsWidenACopyOfTheModel) {
+  const Topology topology({.tensor = 2, .pipeline = 2, .expert = 4, .expert_tensor = 1}, 16);
+  EXPECT_EQ(topology.group_of(GroupKind::kModel, 5), (std::vector<int>{4, 5, 6, 7, 12, 13, 14, 15}));
+  const Topology narrow({.tensor = 4, .expert = 2, .expert_tensor = 1}, 8);
+  EXPECT_EQ(narrow.group_of(GroupKind::kModel, 5), (std::vector<int>{4, 5, 6, 7}));
+}
+
 TEST(Topology, EveryGroupKindPartitionsTheWorld) {
   for (int tensor : {1, 2, 3}) {
     for (int context : {1, 2}) {
