@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mcore_bridge.cli.failures import missing_ranks
+from mcore_bridge.cli.progress import Progress
 from mcore_bridge.data.feed import StreamFeed
 from mcore_bridge.data.interleave import check, draws, interleave
 from mcore_bridge.data.loader import Loader
 from mcore_bridge.data.sampler import Sampler
 from mcore_bridge.data.stream import Stream, start_position
-from mcore_bridge.training import resume, rng_state
+from mcore_bridge.training import checkpoints, resume, rng_state
 from mcore_bridge.training.guards import SpikeDetector
 from mcore_bridge.training.profile import parse_steps
 
@@ -196,6 +197,46 @@ def test_which_checkpoint(tmp_path):
     resume.clean(tmp_path / "v1-20250102-000000")
     left = sorted(path.name for path in (tmp_path / "v1-20250102-000000").iterdir())
     assert left == ["checkpoint-10", "checkpoint-10-merged", "checkpoint-2", "checkpoint-7"]
+
+
+def test_a_run_from_the_beginning_begins_a_log(tmp_path):
+    """Killed before its first checkpoint, a run starts anew in the same folder: the log holds every step once, nothing is lost."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = SimpleNamespace(report_to=["tensorboard"], tensorboard_dir=None)
+
+    def attempt(steps, resumed=0):
+        progress = Progress(tmp_path, 9, arguments, "", resumed=resumed)
+        for step in steps:
+            record = dict(iteration=step, loss=1.0, lr=0.1, grad_norm=1.0, tokens_per_second=1.0, memory_gib=0.1)
+            progress.step(record, show=True)
+        progress.log.close()
+        progress.reporters[0].close()
+
+    def logged(name):
+        return [json.loads(line)["iteration"] for line in (tmp_path / name).read_text().splitlines()]
+
+    attempt([1, 2])
+    attempt([1, 2, 3])
+    attempt([1, 2, 3, 4, 5])
+    attempt([4, 5, 6], resumed=3)
+    assert logged("logging.jsonl") == [1, 2, 3, 4, 5, 6]
+    assert logged("logging.previous.jsonl") == [1, 2] and logged("logging.previous-2.jsonl") == [1, 2, 3]
+    shown = EventAccumulator(str(tmp_path / "runs")).Reload().Scalars("train/loss")
+    assert [event.step for event in shown] == [1, 2, 3, 4, 5, 6]
+
+
+def test_old_checkpoints_go_but_not_the_last(tmp_path):
+    """A damaged checkpoint of a later step, left by an earlier attempt, does not count for save_total_limit."""
+    arguments = SimpleNamespace(create_checkpoint_symlink=False, save_total_limit=1, tuner_type="full")
+    mine = checkpoints.Checkpoints.__new__(checkpoints.Checkpoints)
+    mine.arguments, mine.output_dir, mine.best = arguments, tmp_path, None
+    for step in (5, 6, 8):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    mine.last = tmp_path / "checkpoint-6"
+    mine._tidy()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-6", "checkpoint-8"]
 
 
 def test_profile_steps():

@@ -36,7 +36,8 @@ class Progress:
     """Only rank 0 shows and writes; the others' calls do nothing."""
 
     def __init__(self, output_dir, total, arguments, describe, resumed=0):
-        """`resumed`: the step a run goes on from; what an earlier attempt logged behind it is dropped."""
+        """`resumed`: the step a run goes on from; what an earlier attempt logged behind it is dropped. A run that goes on from
+        nothing begins a new log, and what lay there keeps another name."""
         self.active = is_master()
         self.total, self.start, self.resumed, self.before = total, time.monotonic(), resumed, 0.0
         self.records, self.reporters = [], []
@@ -57,8 +58,11 @@ class Progress:
             self.bar.start()
 
     def _keep_log(self, path):
-        """Takes over the log's records up to the step a run goes on from."""
-        if not self.resumed or not path.exists():
+        """Takes over the log's records up to the step a run goes on from; with nothing to go on from, sets the log aside."""
+        if not path.exists():
+            return
+        if not self.resumed:
+            path.rename(_unused(path.with_name("logging.previous.jsonl")))
             return
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
@@ -153,6 +157,15 @@ class Progress:
         figure.tight_layout()
         figure.savefig(self.folder / "curves.png", dpi=120)
         plt.close(figure)
+
+
+def _unused(path):
+    """The path, or with the first free number: name-2.jsonl, name-3.jsonl, ..."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return free
 
 
 def _clock(seconds):
