@@ -99,7 +99,7 @@ def main():
             continue  # it was done before its time
         victims = children if rng.random() < 0.4 else [rng.choice(children)]
         end(victims)
-        inside += any(Path(killed).glob(".checkpoint-*.saving"))
+        inside += any(Path(killed).glob(".checkpoint-*.saving*"))
         done += 1
         codes = wait(children)
         assert all(code != 0 for code in codes), codes

@@ -1,7 +1,7 @@
 """Runs training jobs one after the other in this process (or under torchrun): `resume_worker.py JOB.json OUT.json`.
 
 A job is [{name, command, argv, stop_after, die_after, full_disk}]; stop_after ends a run behind that step as a signal would,
-die_after kills rank 1 (the first time under torchrun), full_disk names steps whose saves fail. Rank 0 writes, by name,
+die_after kills rank 1 (the first time under torchrun), freeze_after stops it and asks rank 0 to end, full_disk names steps whose saves fail. Rank 0 writes, by name,
 the losses, the rows of every step (from all data-parallel ranks) and what was said."""
 
 import contextlib
@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -48,12 +49,16 @@ class Observed(Run):
             if dist.get_rank() == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(600)
+        if self.step == self.job.get("freeze_after"):
+            if dist.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
         if self.step in self.job.get("full_disk", ()):  # files may not grow: the next save fails as on a full disk
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
         elif self.job.get("full_disk"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         if self.step + 1 == self.stop_after:  # seen when the next step begins
-            self.preemption.received = "SIGTERM"
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run(job):
