@@ -134,42 +134,49 @@ LAYOUTS = {
     "dp2": (2, []),
     "tp2": (2, ["--tensor_model_parallel_size", 2]),
     "pp2": (2, ["--pipeline_model_parallel_size", 2]),
-    "tp2pp2": (4, ["--tensor_model_parallel_size", 2, "--pipeline_model_parallel_size", 2]),
-    "dp4": (4, []),
+    "cp2": (2, ["--context_parallel_size", 2]),  # pads documents, but what was packed together stays together
 }
+SOURCES = {"one": "tp2", "dp2": "pp2", "tp2": "dp2", "pp2": "one", "cp2": "one"}
 
 
-@pytest.mark.parametrize("variant", ["full", "lora"])
-def test_other_layouts(work, variant):
+def by_processes(work, name, todo):
+    """Results of jobs given as (processes, job), one launch for each number of processes."""
+    results = {}
+    for processes in sorted({processes for processes, _ in todo}):
+        results |= jobs(work, f"{name}{processes}", processes, *[job for count, job in todo if count == processes])
+    return results
+
+
+def test_other_layouts(work):
     """Stopped on one layout and gone on with on another (another number of ranks too): as on one rank without stopping."""
-    more = ["--tuner_type", "lora", "--lora_rank", 4, "--lora_dropout", 0] if variant == "lora" else []
-    more += ["--packing", "true", "--packing_length", 24]
-    first = {}
-    launches = {}
-    for name, (processes, layout) in LAYOUTS.items():
-        job = dict(name=name, argv=argv(work, f"{variant}-{name}", *layout, *more), stop_after=3)
-        launches.setdefault(processes, []).append(job)
-    launches[1].append(dict(name="whole", argv=argv(work, f"{variant}-whole", *more)))
-    for processes, todo in launches.items():
-        first |= jobs(work, f"{variant}-first{processes}", processes, *todo)
-    whole = first["whole"]["steps"]
-    launches = {}
-    order = list(LAYOUTS)
-    for index, name in enumerate(order):
-        source = order[(index + 2) % len(order)]
-        processes, layout = LAYOUTS[name]
-        more_here = [*layout, *more, "--resume_from_checkpoint", work / f"{variant}-{source}/checkpoint-3"]
-        launches.setdefault(processes, []).append(dict(name=name, argv=argv(work, f"{variant}-{source}-to-{name}", *more_here)))
-    for processes, todo in launches.items():
-        results = jobs(work, f"{variant}-second{processes}", processes, *todo)
-        for name, result in results.items():
-            source = order[(order.index(name) + 2) % len(order)]
-            steps = first[source]["steps"] + result["steps"]
+    packing = ["--packing", "true", "--packing_length", 24]
+    variants = {"full": packing, "lora": [*packing, "--tuner_type", "lora", "--lora_rank", 4, "--lora_dropout", 0]}
+    todo = []
+    for variant, more in variants.items():
+        todo.append((1, dict(name=f"{variant}-whole", argv=argv(work, f"{variant}-whole", *more))))
+        for name in sorted(set(SOURCES.values())):
+            processes, layout = LAYOUTS[name]
+            todo.append(
+                (processes, dict(name=f"{variant}-{name}", argv=argv(work, f"{variant}-{name}", *layout, *more), stop_after=3))
+            )
+    first = by_processes(work, "first", todo)
+    todo = []
+    for variant, more in variants.items():
+        for name, source in SOURCES.items():
+            processes, layout = LAYOUTS[name]
+            resume = ["--resume_from_checkpoint", work / f"{variant}-{source}/checkpoint-3"]
+            command = argv(work, f"{variant}-{source}-to-{name}", *layout, *more, *resume)
+            todo.append((processes, dict(name=f"{variant}-{name}", argv=command)))
+    second = by_processes(work, "second", todo)
+    for variant in variants:
+        whole = first[f"{variant}-whole"]["steps"]
+        reference = work / f"{variant}-whole/checkpoint-6"
+        for name, source in SOURCES.items():
+            steps = first[f"{variant}-{source}"]["steps"] + second[f"{variant}-{name}"]["steps"]
             assert [step[3] for step in steps] == [step[3] for step in whole], (source, name)
             for step, expected in zip(steps, whole):
                 assert step[0] == pytest.approx(expected[0], rel=1e-5) and step[1] == pytest.approx(expected[1], rel=1e-4)
             end = work / f"{variant}-{source}-to-{name}/checkpoint-6"
-            reference = work / f"{variant}-whole/checkpoint-6"
             close(weights(end), weights(reference))
             close(state(end), state(reference), 2e-4)
 
@@ -202,14 +209,13 @@ def test_layout_matrix(tmp_path, variant):
         return order[(order.index(name) + 4) % len(order)]
 
     for results, starts in ((whole, {"": None}), (again, {"-same": lambda name: name, "-other": source_of})):
-        launches = {}
+        todo = []
         for name, (processes, layout) in MATRIX.items():
             for suffix, source in starts.items():
                 resume = ["--resume_from_checkpoint", work / source(name) / "checkpoint-3"] if source else []
                 command = argv(work, name + suffix, *layout, *more, "--save_steps", 3, *resume)
-                launches.setdefault(processes, []).append(dict(name=name + suffix, argv=command))
-        for processes, todo in launches.items():
-            results |= jobs(work, f"{variant}{len(results)}", processes, *todo)
+                todo.append((processes, dict(name=name + suffix, argv=command)))
+        results |= by_processes(work, f"{variant}{len(starts)}", todo)
     expected, end = whole["one"]["steps"], "checkpoint-6"
     for name in MATRIX:
         for steps in (whole[name]["steps"], again[f"{name}-other"]["steps"]):
@@ -222,18 +228,6 @@ def test_layout_matrix(tmp_path, variant):
         same_bits(state(work / name / end), state(work / f"{name}-same" / end))
         close(weights(work / f"{name}-other" / end), weights(work / "one" / end))
         close(state(work / f"{name}-other" / end), state(work / "one" / end), 2e-4)
-
-
-def test_packed_rows_stay_when_context_ranks_come(work):
-    """Context parallelism pads documents, but what was packed together stays together, and one step sees what it would have."""
-    more, start = ["--packing", "true", "--packing_length", 24], "packed-one/checkpoint-3"
-    one = jobs(work, "packed", 1, dict(name="one", argv=argv(work, "packed-one", *more, "--save_steps", 3)))["one"]
-    command = argv(work, "packed-cp", *more, "--context_parallel_size", 2, "--resume_from_checkpoint", work / start)
-    two = jobs(work, "packed-cp", 2, dict(name="cp", argv=command))["cp"]
-    assert [step[3] for step in two["steps"]] == [step[3] for step in one["steps"][3:]]
-    for step, expected in zip(two["steps"], one["steps"][3:]):
-        assert step[0] == pytest.approx(expected[0], rel=1e-5)
-    close(weights(work / "packed-cp/checkpoint-6"), weights(work / "packed-one/checkpoint-6"))
 
 
 def test_data_positions(work):
