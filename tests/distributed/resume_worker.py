@@ -1,7 +1,7 @@
 """Runs training jobs one after the other in this process (or under torchrun): `resume_worker.py JOB.json OUT.json`.
 
 A job is [{name, command, argv, stop_after, die_after, full_disk}]; stop_after ends a run behind that step as a signal would,
-die_after kills rank 1 (the first time under torchrun), freeze_after stops it and asks rank 0 to end, full_disk names steps whose saves fail. Rank 0 writes, by name,
+die_after kills rank 1 (the first time under torchrun), freeze_after stops it and asks rank 0 to end, full_disk names steps whose saves fail, recent are losses before the first step. Rank 0 writes, by name,
 the losses, the rows of every step (from all data-parallel ranks) and what was said."""
 
 import contextlib
@@ -35,6 +35,10 @@ class Observed(Run):
     """Notes what every step saw."""
 
     stop_after = None
+
+    def _take_over(self):
+        super()._take_over()
+        self.spikes.recent.extend(self.job.get("recent", []))
 
     def _report(self, batch, result, *more):
         super()._report(batch, result, *more)

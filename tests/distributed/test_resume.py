@@ -374,6 +374,33 @@ def test_nonfinite_is_named(work):
     assert [entry["iteration"] for entry in skipped] == [2, 3, 4, 5, 6] and len(results["skip"]["steps"]) == 1
 
 
+def test_spikes_are_recorded_skipped_or_end_the_run(work):
+    calm = [0.01] * 40  # every loss of this model is far above
+    todo = [
+        dict(name=name, argv=argv(work, f"spike-{name}", "--on_loss_spike", name, "--save_steps", 1), recent=calm)
+        for name in ("warn", "skip", "stop")
+    ]
+    todo[-1]["error"] = True
+    results = jobs(work, "spike", 2, *todo)
+    for name, steps in (("warn", 6), ("skip", 6), ("stop", 1)):
+        bad = [json.loads(line) for line in (work / f"spike-{name}/bad_batches.jsonl").read_text().splitlines()]
+        assert [entry["iteration"] for entry in bad] == list(range(1, steps + 1)) and {len(entry["rows"]) for entry in bad} == {8}
+        assert all(entry["reason"] == "spike" and entry["skipped"] == (name == "skip") for entry in bad)
+        assert len(list((work / f"spike-{name}").glob("checkpoint-*"))) == (0 if name == "stop" else 6)
+    for name in ("warn", "skip"):
+        assert results[name]["said"].count("is a spike") == 6
+        rows = [[row["row"] for row in entry["rows"]] for entry in bad]
+        assert sorted(rows[0]) == [row for _, row in results[name]["steps"][0][3]]
+    assert "is a spike" in results["stop"]["error"] and "stop" in results["stop"]["error"]
+    start = weights(work / "model")
+    same_bits(
+        weights(work / "spike-skip/checkpoint-6"), {name: start[name] for name in weights(work / "spike-skip/checkpoint-6")}
+    )
+    assert not torch.equal(weights(work / "spike-warn/checkpoint-6")["model.norm.weight"], start["model.norm.weight"]), (
+        "only a warning"
+    )
+
+
 def test_profile_and_phases(work):
     jobs(work, "profile", 1, dict(name="run", argv=argv(work, "profile", "--profile", "2-3")))
     trace = json.loads((work / "profile/profile/steps-2-3-rank-0.json").read_text())

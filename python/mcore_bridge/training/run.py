@@ -230,7 +230,8 @@ class Run:
     def _step(self, batch):
         """The engine's step; None when it was skipped. What is not finite is named and the batch recorded."""
         try:
-            return self.trainer.train_step(batch.micro_batches)
+            limit = self.spikes.limit() if self.arguments.on_loss_spike == "skip" else math.inf
+            return self.trainer.train_step(batch.micro_batches, limit)
         except FloatingPointError as error:
             self.control.finish()
             step = self.step + 1
@@ -255,8 +256,10 @@ class Run:
         spike, score = self.spikes.is_spike(result.loss)
         if not spike:
             return
-        self.bad_batches.record(self.step, "spike", batch.rows, loss=result.loss, score=score)
+        self.bad_batches.record(self.step, "spike", batch.rows, loss=result.loss, score=score, skipped=result.spike)
         text = f"step {self.step}: the loss {result.loss:.4f} is a spike ({score:.1f} robust standard deviations); see {self.bad_batches.path}"
+        if result.spike:
+            text += "; the step was skipped"
         if self.arguments.on_loss_spike == "stop":
             raise FloatingPointError(f"{text}; stopped before a checkpoint is written (--on_loss_spike stop)")
         self.progress.say(text)
@@ -279,9 +282,9 @@ class Run:
         )  # fmt: skip
         if peak := peak_tflops():
             record["mfu"] = tflops / peak
-        if result.loss_scale != 1:
+        if result.loss_scale != 1 or result.skipped_steps:
             record.update(loss_scale=result.loss_scale, skipped_steps=result.skipped_steps)
-        if result.skipped:
+        if result.skipped and not result.spike:
             self.progress.say(f"step {result.iteration} skipped: gradients overflowed at loss scale {result.loss_scale:g}")
         self.progress.step(record, show=last or result.iteration == 1 or result.iteration % a.logging_steps == 0)
 
