@@ -111,6 +111,11 @@ def test_same_layout_bit_for_bit(work):
         whole, resumed = work / f"{name}-whole/checkpoint-6", work / f"{name}-parts/checkpoint-6"
         same_bits(weights(whole), weights(resumed))
         same_bits(state(whole), state(resumed))
+        texts = [json.loads((folder / "training_state/state.json").read_text()) for folder in (whole, resumed)]
+        for key in ("step", "consumed_samples", "consumed_tokens", "lr", "data", "recent_losses", "first_loss", "optimizer"):
+            assert texts[0][key] == texts[1][key], key
+        generators = [json.loads((folder / "training_state/rng.json").read_text()) for folder in (whole, resumed)]
+        assert [one["torch"] for one in generators[0].values()] == [one["torch"] for one in generators[1].values()]
         assert "training waited" in results[f"{name}-second"]["said"]
         records = [json.loads(line) for line in (work / f"{name}-parts/logging.jsonl").read_text().splitlines()]
         assert [record["iteration"] for record in records if "loss" in record] == [1, 2, 3, 4, 5, 6]
