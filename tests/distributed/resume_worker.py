@@ -1,8 +1,9 @@
 """Runs training jobs one after the other in this process (or under torchrun): `resume_worker.py JOB.json OUT.json`.
 
-A job is [{name, command, argv, stop_after, die_after, full_disk}]; stop_after ends a run behind that step as a signal would,
-die_after kills rank 1 (the first time under torchrun), freeze_after stops it and asks rank 0 to end, full_disk names steps whose saves fail, recent are losses before the first step. Rank 0 writes, by name,
-the losses, the rows of every step (from all data-parallel ranks) and what was said."""
+A job is {name, command, argv} and any of: stop_after ends the run behind that step by a signal; die_after kills rank 1 (the first
+time under torchrun); freeze_after stops rank 1 and asks rank 0 to end; full_disk names steps whose saves fail; recent are losses
+before the first step; soak notes only what the process holds. Rank 0 writes, by name, the losses, the rows of every step (from all
+data-parallel ranks) and what was said."""
 
 import contextlib
 import json
@@ -42,13 +43,15 @@ class Observed(Run):
 
     def _report(self, batch, result, *more):
         super()._report(batch, result, *more)
+        if self.step % 100 == 0:
+            self.resources.append(resources())
+        if self.job.get("soak"):
+            return  # what is seen would grow
         speaks = self.parallel.tp_rank == 0 and self.parallel.pp_rank == 0 and self.parallel.cp_rank == 0
         everywhere = self.control.gather(batch.rows if speaks else [])
         if everywhere is not None:
             rows = sorted([row["source"].rsplit("/", 1)[-1], row["row"]] for some in everywhere for row in some)
             self.seen.append([result.loss, result.grad_norm, result.lr, rows])
-        if self.step % 100 == 0:
-            self.resources.append(resources())
         if self.step == self.job.get("die_after") and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
             if dist.get_rank() == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
