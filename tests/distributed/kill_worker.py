@@ -52,30 +52,31 @@ def start(ranks, argv, log):
 
 
 def wait(children, until=None):
-    """Exit codes once all have ended, or None when `until()` held first. When one fails, the others get a few seconds, as torchrun
-    gives them."""
-    codes, deadline = {}, None
+    """Exit codes once all have ended, or None when `until()` held first. When one fails, the others get a few seconds to see it by
+    themselves, then SIGTERM, then SIGKILL, as by torchrun."""
+    codes, deadlines = {}, []
     while len(codes) < len(children):
         for child in children:
             if child not in codes:
                 pid, status = os.waitpid(child, os.WNOHANG)
                 if pid:
                     codes[child] = os.waitstatus_to_exitcode(status)
-                    if codes[child] and deadline is None:
-                        deadline = time.monotonic() + 20
+                    if codes[child] and not deadlines:
+                        deadlines = [(time.monotonic() + 3, signal.SIGTERM), (time.monotonic() + 20, signal.SIGKILL)]
         if until is not None and until():
             return None
-        if deadline and time.monotonic() > deadline:
-            end(children, codes)
+        if deadlines and time.monotonic() > deadlines[0][0]:
+            end(children, codes, deadlines.pop(0)[1])
+            deadlines = deadlines or [(float("inf"), 0)]
         time.sleep(0.002)
     return [codes[child] for child in children]
 
 
-def end(children, codes=()):
+def end(children, codes=(), number=signal.SIGKILL):
     for child in children:
         if child not in codes:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
+                os.kill(child, number)
 
 
 def moment(rng, folder, begun):
