@@ -1,6 +1,7 @@
 """A run that was interrupted goes on as if it had not been: bit for bit on the same layout, closely on any other."""
 
 import json
+import shutil
 import time
 
 import chat_model
@@ -336,6 +337,13 @@ def test_restarts_of_torchrun_go_on_by_themselves(work):
     # The checkpoint of step 3 was not asked for yet: only what was whole before the kill counts.
     assert result["start"] == 2 and result["steps"] == whole["steps"][2:]
     same_bits(weights(work / "restart-whole/checkpoint-6"), weights(work / "restart/checkpoint-6"))
+    # Killed before its first checkpoint, a run begins where it began, whatever an older run has left in the folder.
+    shutil.copytree(work / "restart-whole/checkpoint-6", work / "early/checkpoint-5")
+    command = argv(work, "early", "--resume_from_checkpoint", work / "restart-whole/checkpoint-2")
+    early = jobs(work, "early", 2, dict(name="early", argv=command, die_after=4), torchrun=["--max-restarts=1"])["early"]
+    assert early["start"] == 2 and early["steps"] == whole["steps"][2:]
+    lines = (work / "early/logging.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("iteration") for line in lines] == [3, 4, 5, 6, None]
 
 
 @pytest.mark.slow

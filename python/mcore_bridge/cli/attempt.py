@@ -10,6 +10,7 @@ import uuid
 
 HELLO, ANSWER, TAKEN = "mcore-bridge/hello/{}", "mcore-bridge/answer/{}", "mcore-bridge/taken/{}/{}"
 _number = 1
+_begun = 0.0
 
 
 def agree(store, rank, size, timeout):
@@ -43,12 +44,19 @@ def own_store(timeout):
     from torch.distributed import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    global _number
+    global _number, _begun
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return store, rank, size  # rank 0 has just opened it
+    if rank == 0:
+        _begun = float(store.compare_set("mcore-bridge/begun", "", str(time.time())))
     _number = agree(store, rank, size, timeout)
     return PrefixStore(f"mcore-bridge/attempt-{_number}", store), rank, size
+
+
+def begun():
+    """When the first attempt began, in seconds since 1970, on rank 0; 0 when nobody knows."""
+    return _begun
 
 
 def restarted():

@@ -24,6 +24,12 @@ def checkpoints(folder):
     return sorted(found, key=step_of)
 
 
+def written(path):
+    """When a checkpoint's state was written, in seconds since 1970; 0 when it has none."""
+    state = Path(path) / STATE
+    return state.stat().st_mtime if state.exists() else 0.0
+
+
 def versions(output_dir):
     """The vN-<time> folders of output_dir, oldest first."""
     numbered = [(int(match[1]), path) for path in Path(output_dir).glob("v*-*") if (match := re.match(r"v(\d+)-", path.name))]

@@ -13,7 +13,7 @@ from .control import Control, new_engine_group
 from .guards import BadBatches, SpikeDetector
 from .preemption import Preemption
 from .profile import Profiler
-from .resume import candidates, checkpoints, choose, clean, run_folder
+from .resume import candidates, checkpoints, choose, clean, run_folder, written
 from .setup import Data, build_models, build_trainer
 
 
@@ -75,7 +75,7 @@ class Run:
 
     def _decide(self, source):
         """(folder, checkpoints of an earlier attempt of this run, checkpoints that were asked for), or the error. On rank 0."""
-        from ..cli.attempt import restarted
+        from ..cli.attempt import begun, restarted
 
         a = self.arguments
         try:
@@ -83,9 +83,10 @@ class Run:
             folder = run_folder(a, source, again)
             Path(folder).mkdir(parents=True, exist_ok=True)
             clean(folder)
-            own = [str(path) for path in reversed(checkpoints(folder))] if again else []
+            # What another run left in the folder is older.
+            own = [path for path in reversed(checkpoints(folder)) if again and written(path) >= begun()]
             others = [] if source is None else [str(path) for path in candidates(a, source)]
-            return folder, own, others
+            return folder, [str(path) for path in own], others
         except (OSError, ValueError) as error:
             return error
 
