@@ -1,6 +1,7 @@
 // One training step per call: micro-batches, pipeline, gradient reduction, clipping, optimizer.
 #pragma once
 
+#include <cmath>
 #include <map>
 #include <memory>
 #include <string>
@@ -19,8 +20,9 @@ struct StepResult {
   int64_t tokens = 0;       ///< tokens in the global batch (padding included)
   int64_t loss_tokens = 0;  ///< tokens that carry loss
   double weight_decay = 0;
-  double loss_scale = 1;      ///< what gradients were scaled by (float16)
-  bool skipped = false;       ///< float16: gradients overflowed, nothing was updated, the scale goes down
+  double loss_scale = 1;  ///< what gradients were scaled by (float16)
+  bool skipped = false;   ///< nothing was updated: a spike, or (float16) gradients overflowed and the scale goes down
+  bool spike = false;     ///< the loss was above the limit
   int64_t skipped_steps = 0;  ///< so far
 };
 
@@ -39,8 +41,8 @@ class Trainer {
   /// pipeline ranks (whole: each context-parallel rank takes its part by itself) and equally many on every
   /// data-parallel rank. `labels` must be given. Throws NonFiniteError on all ranks together, naming the step, before
   /// any parameter changes. With float16 a step whose gradients overflow is skipped instead, until the loss scale
-  /// cannot go lower.
-  StepResult train_step(const std::vector<ForwardInput>& micro_batches);
+  /// cannot go lower; so is a step whose loss is above `loss_limit` (decided on the device).
+  StepResult train_step(const std::vector<ForwardInput>& micro_batches, double loss_limit = INFINITY);
   /// Mean loss without gradients.
   double evaluate(const std::vector<ForwardInput>& micro_batches);
   /// After a step that threw NonFiniteError: what on this rank is not finite, a line each (parameters, gradients, and,

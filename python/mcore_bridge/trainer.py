@@ -1,5 +1,6 @@
 """Training: one engine call per global batch."""
 
+import math
 from contextlib import contextmanager
 
 from .engine import _core
@@ -18,12 +19,13 @@ class Trainer:
         self.options = options
         self._engine = _core.Trainer(engines(models), options)
 
-    def train_step(self, micro_batches):
+    def train_step(self, micro_batches, loss_limit=math.inf):
         """One optimizer step over this data-parallel rank's micro-batches: dicts of input_ids, labels (aligned with
         input_ids: labels[t] is the target of position t), and optionally position_ids, attention_mask, packed_seq_params.
-        Returns iteration, loss, grad_norm, lr, weight_decay, tokens, loss_tokens, and for float16 loss_scale, skipped (its
-        gradients overflowed) and skipped_steps so far. Raises FloatingPointError for NaN/Inf before anything is updated."""
-        return self._engine.train_step(list(micro_batches))
+        A loss above `loss_limit` updates nothing. Returns iteration, loss, grad_norm, lr, weight_decay, tokens, loss_tokens,
+        skipped (a spike: the loss was above the limit; or float16 gradients overflowed), spike, skipped_steps so far and
+        loss_scale (float16). Raises FloatingPointError for NaN/Inf before anything is updated."""
+        return self._engine.train_step(list(micro_batches), loss_limit)
 
     def diagnose(self, micro_batches):
         """After a FloatingPointError: what on this rank holds NaN or Inf (parameters, gradients, the first layer whose output

@@ -13,6 +13,7 @@ using NoGil = py::call_guard<py::gil_scoped_release>;
 void init_config(py::module_& module);
 void init_parallel(py::module_& module);
 void init_random(py::module_& module);
+void init_signals(py::module_& module);
 void init_model(py::module_& module);
 void init_bridge(py::module_& module);
 void init_convert(py::module_& module);

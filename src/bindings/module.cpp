@@ -33,6 +33,7 @@ PYBIND11_MODULE(_core, module) {
   init_config(module);
   init_parallel(module);
   init_random(module);
+  init_signals(module);
   init_model(module);
   init_bridge(module);
   init_convert(module);

@@ -107,6 +107,7 @@ void init_train(py::module_& module) {
       .def_readonly("weight_decay", &StepResult::weight_decay)
       .def_readonly("loss_scale", &StepResult::loss_scale)
       .def_readonly("skipped", &StepResult::skipped)
+      .def_readonly("spike", &StepResult::spike)
       .def_readonly("skipped_steps", &StepResult::skipped_steps);
 
   py::class_<MaterialisedParameters>(module, "MaterialisedParameters")
@@ -116,12 +117,14 @@ void init_train(py::module_& module) {
       .def(py::init([](Chunks chunks, const py::dict& options) {
         return std::make_unique<Trainer>(std::move(chunks), optimizer_options(options));
       }))
-      .def("train_step",
-           [](Trainer& trainer, const std::vector<py::dict>& values) {
-             const auto batches = micro_batches(values);
-             py::gil_scoped_release release;
-             return trainer.train_step(batches);
-           })
+      .def(
+          "train_step",
+          [](Trainer& trainer, const std::vector<py::dict>& values, double loss_limit) {
+            const auto batches = micro_batches(values);
+            py::gil_scoped_release release;
+            return trainer.train_step(batches, loss_limit);
+          },
+          py::arg("micro_batches"), py::arg("loss_limit") = INFINITY)
       .def("diagnose",
            [](Trainer& trainer, const std::vector<py::dict>& values) {
              const auto batches = micro_batches(values);

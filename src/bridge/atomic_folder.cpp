@@ -7,12 +7,15 @@
 
 #include <cerrno>
 #include <cstring>
+#include <vector>
 
 #include "mcore_bridge/error.h"
 
 namespace mcore_bridge {
 namespace fs = std::filesystem;
 namespace {
+
+const std::string kStaging = ".saving";
 
 [[noreturn]] void io_error(const fs::path& path, const char* what, int code) {
   fail<IoError>(path.string(), ": ", what, ": ", std::strerror(code));
@@ -22,7 +25,7 @@ void check(const std::error_code& error, const fs::path& path, const char* what)
   if (error) fail<IoError>(path.string(), ": ", what, ": ", error.message());
 }
 
-fs::path sibling(const fs::path& target, const char* suffix) {
+fs::path sibling(const fs::path& target, const std::string& suffix) {
   return target.parent_path() / ("." + target.filename().string() + suffix);
 }
 
@@ -39,8 +42,10 @@ fs::path resolved(const std::string& target) {
 
 }  // namespace
 
-AtomicFolder::AtomicFolder(const std::string& target)
-    : target_(resolved(target)), staging_(sibling(target_, ".saving")), old_(sibling(target_, ".old")) {}
+AtomicFolder::AtomicFolder(const std::string& target, int64_t token)
+    : target_(resolved(target)),
+      staging_(sibling(target_, kStaging + (token ? "-" + std::to_string(token) : ""))),
+      old_(sibling(target_, ".old")) {}
 
 void AtomicFolder::begin() {
   std::error_code error;
@@ -50,7 +55,15 @@ void AtomicFolder::begin() {
   }
   if (fs::exists(target_, error) && !fs::is_directory(target_, error))
     fail<IoError>(target_.string(), ": is no folder");
-  for (const auto& leftover : {staging_, old_}) {
+  std::vector<fs::path> leftovers{old_};
+  const auto staging = sibling(target_, kStaging).filename().string();
+  for (fs::directory_iterator entry(target_.parent_path(), error), end; !error && entry != end;
+       entry.increment(error)) {
+    const auto name = entry->path().filename().string();
+    if (name == staging || name.starts_with(staging + "-")) leftovers.push_back(entry->path());
+  }
+  error.clear();  // no folder there yet: it is made below
+  for (const auto& leftover : leftovers) {
     fs::remove_all(leftover, error);
     check(error, leftover, "a leftover cannot be removed");
   }

@@ -1,6 +1,7 @@
 // A folder that appears whole or not at all.
 #pragma once
 
+#include <cstdint>
 #include <filesystem>
 #include <functional>
 #include <string>
@@ -12,10 +13,12 @@ namespace mcore_bridge {
 /// first renamed to ".<name>.old" and put back by the next use if the crash fell between the two renames.
 class AtomicFolder {
  public:
-  explicit AtomicFolder(const std::string& target);
+  /// `token`: a number that all processes writing this folder share and no others do (common_token), so that what is
+  /// left of an earlier run cannot write into it; 0 when one process writes alone.
+  explicit AtomicFolder(const std::string& target, int64_t token = 0);
 
   const std::filesystem::path& staging() const { return staging_; }
-  /// Removes what a killed run left, then makes the empty staging folder. One process does this.
+  /// Removes what killed runs left, then makes the empty staging folder. One process does this.
   void begin();
   /// Takes over every file of the old folder that `replaced` does not name, then exchanges. One process does this,
   /// after all writers are done and their files are synced.

@@ -189,6 +189,7 @@ void save_weights(const Chunks& chunks, const std::string& folder, const SaveOpt
   ShardLayout layout;
   std::vector<PlannedParameter> parameters;
   std::unique_ptr<AtomicFolder> target;
+  const auto token = common_token(parallel.world);
   step([&] {
     at::NoGradGuard no_grad;
     parameters = owned_parameters(chunks, selection);
@@ -212,7 +213,7 @@ void save_weights(const Chunks& chunks, const std::string& folder, const SaveOpt
       MCB_CHECK(!name.empty() && name.find('/') == std::string::npos && name[0] != '.', "save_weights: extra file '",
                 name, "' is no plain file name");
     }
-    target = std::make_unique<AtomicFolder>(folder);
+    target = std::make_unique<AtomicFolder>(folder, token);
   });
   check_same_layout(layout, parallel.world);
   const auto whole = in_place(chunks, selection);

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <cstring>
+#include <random>
 
 #include "mcore_bridge/error.h"
 
@@ -76,6 +77,14 @@ void together(const Group& group, const std::function<void()>& work) {
   std::memcpy(failure.text.data(), bytes.const_data_ptr(), failure.text.size());
   if (root != group.rank()) failure.text = "rank " + std::to_string(group.ranks()[root]) + ": " + failure.text;
   raise(failure);
+}
+
+int64_t common_token(const Group& group) {
+  std::random_device random;
+  const auto own = static_cast<int64_t>((static_cast<uint64_t>(random()) << 32 | random()) >> 1) | 1;
+  auto largest = at::full({1}, own, at::kLong);
+  group.all_reduce_max(largest);
+  return largest.item<int64_t>();
 }
 
 }  // namespace mcore_bridge

@@ -12,4 +12,7 @@ namespace mcore_bridge {
 /// both backends).
 void together(const Group& group, const std::function<void()>& work);
 
+/// A random number, not 0, the same on all ranks: what tells this attempt from those of other processes. Collective.
+int64_t common_token(const Group& group);
+
 }  // namespace mcore_bridge

@@ -228,8 +228,9 @@ CheckpointReport CheckpointWriter::write(const std::string& folder, const Conten
   std::unique_ptr<AtomicFolder> target;
   CheckpointReport report;
   try {
+    const auto token = common_token(group);
     together(group, [&] {
-      target = std::make_unique<AtomicFolder>(folder);
+      target = std::make_unique<AtomicFolder>(folder, token);
       if (!leader) return;
       target->begin();
       fs::create_directory(target->staging() / kStateFolder);

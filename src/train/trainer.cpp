@@ -178,7 +178,11 @@ struct Trainer::State {
 
   /// The loss is finite and the gradients are not: with loss scaling a step to skip. Throws where that cannot help.
   void judge(StepResult& result) const {
-    if (std::isfinite(result.loss) && std::isfinite(result.grad_norm)) return;
+    if (std::isfinite(result.loss) && std::isfinite(result.grad_norm)) {
+      result.skipped = result.spike;
+      return;
+    }
+    result.spike = false;
     result.skipped = optimizer.scaler().skips() && std::isfinite(result.loss) && !optimizer.scaler().exhausted();
     if (result.skipped) return;
     const bool norm = std::isfinite(result.loss);
@@ -236,7 +240,7 @@ std::map<std::string, int64_t> Trainer::memory() const {
   return result;
 }
 
-StepResult Trainer::train_step(const std::vector<ForwardInput>& micro_batches) {
+StepResult Trainer::train_step(const std::vector<ForwardInput>& micro_batches, double loss_limit) {
   auto& s = *state_;
   const auto counts = count(micro_batches, s.model());
   const auto batches = shares(micro_batches, s.model());
@@ -263,7 +267,10 @@ StepResult Trainer::train_step(const std::vector<ForwardInput>& micro_batches) {
   const TimedPhase timed(Phase::kOptimizer, s.model().device());
   at::NoGradGuard no_grad;
   const auto totals = s.totals(loss, s.buffers->sum_of_squares());
-  const auto skip = totals.isfinite().all().logical_not().to(at::kFloat);
+  const double limit = loss_limit * loss_scale;
+  auto bad = totals.isfinite().all().logical_not();
+  if (std::isfinite(limit)) bad = bad.logical_or(totals[0] > limit);
+  const auto skip = bad.to(at::kFloat);
   const auto scale = grad_scale(totals[1].sqrt(), loss_scale, s.options.clip_grad);
   s.optimizer.step(result.lr, result.weight_decay, scale, skip);
   if (!s.optimizer.offloads()) s.buffers->gather_parameters();
@@ -272,10 +279,11 @@ StepResult Trainer::train_step(const std::vector<ForwardInput>& micro_batches) {
       at::stack({totals[0], totals[1], scale.to(at::kDouble)}).to(at::kCPU);  // the one wait for the device
   result.loss = host[0].item<double>() / loss_scale;
   result.grad_norm = std::sqrt(host[1].item<double>()) / loss_scale;
+  result.spike = host[0].item<double>() > limit;
   s.judge(result);
   s.optimizer.finish_on_host(host[2].item<double>(), result.skipped);
   if (s.optimizer.offloads()) s.buffers->gather_parameters();
-  s.optimizer.scaler().update(!result.skipped);
+  s.optimizer.scaler().update(!result.skipped || result.spike);
   s.optimizer.skipped += result.skipped;
   result.skipped_steps = s.optimizer.skipped;
   ++s.iteration;

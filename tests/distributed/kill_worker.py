@@ -1,7 +1,8 @@
-"""Trains again and again until it is done, being killed at random moments: `kill_worker.py SEED KILLS RANKS TARGET... -- ARGV...`.
+"""Trains again and again until it is done, being killed at random moments: `kill_worker.py SEED KILLS RANKS WORK ARGV...`.
 
-The ranks are forked from this process, which has imported everything once. A moment is chosen in seconds after all ranks have
-begun; the time of an uninterrupted run (the first, with another output folder) says from which range. Prints a JSON line."""
+WORK/whole is a run nobody disturbs; WORK/sync and WORK/async share the kills, saving in the fore- and background. The ranks are
+forked from this process, which has imported everything once. Most kills come while one of the next checkpoints is written or
+shortly after it, some while a run starts. Prints a JSON line for each folder."""
 
 import contextlib
 import json
@@ -51,59 +52,87 @@ def start(ranks, argv, log):
 
 
 def wait(children, until=None):
-    """Exit codes once all have ended, or None when `until` came first. When one fails, the others get a few seconds, as torchrun
-    gives them."""
-    codes, deadline = {}, None
+    """Exit codes once all have ended, or None when `until()` held first. When one fails, the others get a few seconds to see it by
+    themselves, then SIGTERM, then SIGKILL, as by torchrun."""
+    codes, deadlines = {}, []
     while len(codes) < len(children):
         for child in children:
             if child not in codes:
                 pid, status = os.waitpid(child, os.WNOHANG)
                 if pid:
                     codes[child] = os.waitstatus_to_exitcode(status)
-                    if codes[child] and deadline is None:
-                        deadline = time.monotonic() + 20
-        if until is not None and time.monotonic() >= until:
+                    if codes[child] and not deadlines:
+                        deadlines = [(time.monotonic() + 3, signal.SIGTERM), (time.monotonic() + 20, signal.SIGKILL)]
+        if until is not None and until():
             return None
-        if deadline and time.monotonic() > deadline:
-            end(children, codes)
-        time.sleep(0.005)
+        if deadlines and time.monotonic() > deadlines[0][0]:
+            end(children, codes, deadlines.pop(0)[1])
+            deadlines = deadlines or [(float("inf"), 0)]
+        time.sleep(0.002)
     return [codes[child] for child in children]
 
 
-def end(children, codes=()):
+def end(children, codes=(), number=signal.SIGKILL):
     for child in children:
         if child not in codes:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
+                os.kill(child, number)
 
 
-def main():
-    seed, kills, ranks, log, whole, killed = (int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:7])
-    argv = sys.argv[8:]
-    begin = time.monotonic()
-    codes = wait(start(ranks, [*argv, "--output_dir", whole], f"{log}-whole"))
-    assert codes == [0] * ranks, codes
-    duration = time.monotonic() - begin
-    rng, done, attempts, inside = random.Random(seed), 0, 0, 0
+def moment(rng, folder, begun):
+    """until() for wait(): a while after the start, or, mostly, after the save of one of the next steps has begun."""
+    if rng.random() < 0.1:
+        time_of_start = time.monotonic() + rng.uniform(0.1, 1)
+        return lambda: time.monotonic() > time_of_start
+    step = begun + 1 + rng.randrange(3)
+    pause, seen = rng.choice([0, rng.uniform(0, 0.02), rng.uniform(0, 0.1)]), []
+
+    def until():
+        if not seen and (any(folder.glob(f".checkpoint-{step}.saving*")) or newest(folder) >= step):
+            seen.append(time.monotonic() + pause)
+        return bool(seen) and time.monotonic() >= seen[0]
+
+    return until
+
+
+def newest(folder):
+    return max((int(path.name[11:]) for path in folder.glob("checkpoint-*")), default=0)
+
+
+def survive(argv, kills, ranks, log, folder, rng):
+    """Trains into a folder until it is done, through `kills` kills."""
+    done = attempts = inside = began = 0
     while True:
         attempts += 1
         assert attempts < 20 * (kills + 1), "it never gets anywhere"
-        children = start(ranks, [*argv, "--output_dir", killed, "--resume_from_checkpoint", "auto"], f"{log}-killed")
+        begun = newest(folder)
+        began += begun > 0
+        children = start(ranks, [*argv, "--output_dir", str(folder), "--resume_from_checkpoint", "auto"], log)
         if done == kills:
             codes = wait(children)
             assert codes == [0] * ranks, codes
-            break
-        if wait(children, time.monotonic() + rng.uniform(0.2, 0.9) * duration) is not None:
-            end_of_run = Path(killed) / "none"
-            assert not end_of_run.exists()
+            return dict(kills=done, attempts=attempts, inside_a_save=inside, resumed=began)
+        if wait(children, moment(rng, folder, begun)) is not None:
             continue  # it was done before its time
         victims = children if rng.random() < 0.4 else [rng.choice(children)]
         end(victims)
-        inside += any(Path(killed).glob(".checkpoint-*.saving"))
+        inside += any(folder.glob(".checkpoint-*.saving*"))
         done += 1
         codes = wait(children)
-        assert all(code != 0 for code in codes), codes
-    print(json.dumps(dict(kills=done, attempts=attempts, inside_a_save=inside, seconds=duration)))
+        assert any(code != 0 for code in codes), codes
+
+
+def main():
+    seed, kills, ranks, work = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    argv = sys.argv[5:]
+    codes = wait(start(ranks, [*argv, "--output_dir", str(work / "whole")], work / "log-whole"))
+    assert codes == [0] * ranks, codes
+    rng = random.Random(seed)
+    for name, flag, count in (("sync", "false", kills // 2), ("async", "true", kills - kills // 2)):
+        command = [*argv, "--async_save", flag]
+        begin = time.monotonic()
+        result = survive(command, count, ranks, work / f"log-{name}", work / name, rng)
+        print(json.dumps(dict(mode=name, **result, seconds=round(time.monotonic() - begin))))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Runs training jobs one after the other in this process (or under torchrun): `resume_worker.py JOB.json OUT.json`.
 
-A job is [{name, command, argv, stop_after, die_after, full_disk}]; stop_after ends a run behind that step as a signal would,
-die_after kills rank 1 (the first time under torchrun), full_disk names steps whose saves fail. Rank 0 writes, by name,
-the losses, the rows of every step (from all data-parallel ranks) and what was said."""
+A job is {name, command, argv} and any of: stop_after ends the run behind that step by a signal; die_after kills rank 1 (the first
+time under torchrun); freeze_after stops rank 1 and asks rank 0 to end; full_disk names steps whose saves fail; recent are losses
+before the first step; soak notes only what the process holds. Rank 0 writes, by name, the losses, the rows of every step (from all
+data-parallel ranks) and what was said."""
 
 import contextlib
 import json
@@ -10,6 +11,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -35,25 +37,35 @@ class Observed(Run):
 
     stop_after = None
 
+    def _take_over(self):
+        super()._take_over()
+        self.spikes.recent.extend(self.job.get("recent", []))
+
     def _report(self, batch, result, *more):
         super()._report(batch, result, *more)
+        if self.step % 100 == 0:
+            self.resources.append(resources())
+        if self.job.get("soak"):
+            return  # what is seen would grow
         speaks = self.parallel.tp_rank == 0 and self.parallel.pp_rank == 0 and self.parallel.cp_rank == 0
         everywhere = self.control.gather(batch.rows if speaks else [])
         if everywhere is not None:
             rows = sorted([row["source"].rsplit("/", 1)[-1], row["row"]] for some in everywhere for row in some)
             self.seen.append([result.loss, result.grad_norm, result.lr, rows])
-        if self.step % 100 == 0:
-            self.resources.append(resources())
         if self.step == self.job.get("die_after") and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
             if dist.get_rank() == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(600)
+        if self.step == self.job.get("freeze_after"):
+            if dist.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
         if self.step in self.job.get("full_disk", ()):  # files may not grow: the next save fails as on a full disk
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
         elif self.job.get("full_disk"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         if self.step + 1 == self.stop_after:  # seen when the next step begins
-            self.preemption.received = "SIGTERM"
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run(job):

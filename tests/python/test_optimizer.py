@@ -139,6 +139,20 @@ def test_muon_splits_fused_matrices(folder):
         assert (values.median() - 1).abs() < 1e-2 and values.max() < 1.01
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_loss_above_the_limit_changes_nothing(folder, offload):
+    options = dict(lr=1e-2, optimizer_cpu_offload=offload, optimizer_offload_fraction=0.5 if offload else 1.0)
+    models = build(folder)
+    trainer = mb.Trainer(models, lr_decay_style="constant", clip_grad=0.0, **options)
+    results = [trainer.train_step([batch(0)])]
+    results.append(trainer.train_step([batch(7)], loss_limit=results[0].loss / 2))
+    results += [trainer.train_step([batch(step)], loss_limit=1e9) for step in range(1, STEPS)]
+    assert [(one.skipped, one.spike) for one in results] == [(False, False), (True, True), *[(False, False)] * 3]
+    assert results[-1].skipped_steps == 1 and results[-1].iteration == STEPS + 1
+    for name, value in by_trainer(folder, **options).items():
+        assert torch.equal(value, dict(models[0].named_parameters())[name]), name
+
+
 def test_trainer_leaves_the_model_usable(folder):
     """After a trainer is gone, gradients go to .grad again and another trainer starts from the same weights."""
     models = build(folder)

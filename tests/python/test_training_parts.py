@@ -2,21 +2,27 @@
 
 import json
 import random
+import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
+from mcore_bridge.cli import attempt, failures
 from mcore_bridge.cli.failures import missing_ranks
+from mcore_bridge.cli.progress import Progress
 from mcore_bridge.data.feed import StreamFeed
 from mcore_bridge.data.interleave import check, draws, interleave
 from mcore_bridge.data.loader import Loader
 from mcore_bridge.data.sampler import Sampler
 from mcore_bridge.data.stream import Stream, start_position
-from mcore_bridge.training import resume, rng_state
+from mcore_bridge.training import checkpoints, resume, rng_state
 from mcore_bridge.training.guards import SpikeDetector
 from mcore_bridge.training.profile import parse_steps
+from torch.distributed import HashStore
 
 
 def test_spikes():
@@ -184,18 +190,90 @@ def test_which_checkpoint(tmp_path):
     ]
     assert "v11-" in resume.run_folder(SimpleNamespace(**{**vars(arguments), "finetune": True}), inside)
     assert "v11-" in resume.run_folder(arguments, None)
-    assert resume.wanted(arguments, {}) == "auto"
-    fresh = SimpleNamespace(**{**vars(arguments), "resume_from_checkpoint": None})
-    assert resume.wanted(fresh, {}) is None and resume.wanted(fresh, {"TORCHELASTIC_RESTART_COUNT": "2"}) == "auto"
+    assert resume.run_folder(arguments, None, restarted=True).endswith("v10-20250103-000000")
+    assert resume.run_folder(arguments, inside, restarted=True).endswith("v1-20250102-000000")
     with pytest.raises(FileNotFoundError, match="none"):
         resume.candidates(arguments, str(tmp_path / "none"))
     with pytest.raises(ValueError, match="state.json is missing"):
         resume.read_state(inside)
-    (tmp_path / "v1-20250102-000000/.checkpoint-2.saving").mkdir()
+    (tmp_path / "v1-20250102-000000/.checkpoint-2.saving-7").mkdir()
     (tmp_path / "v1-20250102-000000/.checkpoint-7.old").mkdir()
     resume.clean(tmp_path / "v1-20250102-000000")
     left = sorted(path.name for path in (tmp_path / "v1-20250102-000000").iterdir())
     assert left == ["checkpoint-10", "checkpoint-10-merged", "checkpoint-2", "checkpoint-7"]
+
+
+def test_every_attempt_of_torchrun_has_a_store_of_its_own():
+    """The store keeps what the attempt before wrote; a rank of it may have died anywhere."""
+    store, soon = HashStore(), timedelta(seconds=20)
+
+    def ranks(*which, timeout=soon):
+        with ThreadPoolExecutor(4) as pool:
+            found = [pool.submit(attempt.agree, store, rank, 4, timeout) for rank in which]
+        return [future.result() for future in found]
+
+    assert ranks(0, 1, 2, 3) == [1] * 4 and ranks(3, 2, 1, 0) == [2] * 4
+    with pytest.raises(TimeoutError, match="attempt 3: ranks 2 did not come"):
+        ranks(0, 1, 3, timeout=timedelta(seconds=0.5))
+    assert ranks(2, 3, 0, 1) == [4] * 4
+
+
+@pytest.mark.parametrize("living", [2, 1])
+def test_a_signal_ends_a_rank_whose_peer_is_gone(monkeypatch, living):
+    ended, store = [], HashStore()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(failures, "SECONDS_OF_ROLL_CALL", 0.2)
+    monkeypatch.setattr(failures, "_signal", lambda: signal.SIGTERM)
+    monkeypatch.setattr(failures, "_end_by", lambda number, why: ended.append((number, why)))
+    sentinels = [failures.Sentinel(store, 60) for _ in range(living)]
+    for one in sentinels:
+        one.interval = 0.01
+        one.start()
+    time.sleep(0.6)
+    for one in sentinels:
+        one.stop.set()
+        one.join()
+    assert ended[:1] == ([] if living == 2 else [(signal.SIGTERM, "1 of 2 ranks are gone")])
+
+
+def test_a_run_from_the_beginning_begins_a_log(tmp_path):
+    """Killed before its first checkpoint, a run starts anew in the same folder: the log holds every step once, nothing is lost."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = SimpleNamespace(report_to=["tensorboard"], tensorboard_dir=None)
+
+    def attempt(steps, resumed=0):
+        progress = Progress(tmp_path, 9, arguments, "", resumed=resumed)
+        for step in steps:
+            record = dict(iteration=step, loss=1.0, lr=0.1, grad_norm=1.0, tokens_per_second=1.0, memory_gib=0.1)
+            progress.step(record, show=True)
+        progress.log.close()
+        progress.reporters[0].close()
+
+    def logged(name):
+        return [json.loads(line)["iteration"] for line in (tmp_path / name).read_text().splitlines()]
+
+    attempt([1, 2])
+    attempt([1, 2, 3])
+    attempt([1, 2, 3, 4, 5])
+    attempt([4, 5, 6], resumed=3)
+    assert logged("logging.jsonl") == [1, 2, 3, 4, 5, 6]
+    assert logged("logging.previous.jsonl") == [1, 2] and logged("logging.previous-2.jsonl") == [1, 2, 3]
+    shown = EventAccumulator(str(tmp_path / "runs")).Reload().Scalars("train/loss")
+    assert [event.step for event in shown] == [1, 2, 3, 4, 5, 6]
+
+
+def test_old_checkpoints_go_but_not_the_last(tmp_path):
+    """A damaged checkpoint of a later step, left by an earlier attempt, does not count for save_total_limit."""
+    arguments = SimpleNamespace(create_checkpoint_symlink=False, save_total_limit=1, tuner_type="full")
+    mine = checkpoints.Checkpoints.__new__(checkpoints.Checkpoints)
+    mine.arguments, mine.output_dir, mine.best = arguments, tmp_path, None
+    for step in (5, 6, 8):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    mine.last = tmp_path / "checkpoint-6"
+    mine._tidy()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-6", "checkpoint-8"]
 
 
 def test_profile_steps():

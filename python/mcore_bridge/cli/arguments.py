@@ -219,7 +219,9 @@ class TrainArguments(ModelArguments):
     loss_spike_threshold: float = flag(
         8.0, "a loss so many robust standard deviations above the recent ones is a spike; 0: none is"
     )
-    on_loss_spike: Literal["warn", "stop"] = flag("warn", "what a spike does (it is recorded in bad_batches.jsonl anyway)")
+    on_loss_spike: Literal["warn", "skip", "stop"] = flag(
+        "warn", "what a spike does: skip updates nothing (it is recorded in bad_batches.jsonl anyway)"
+    )
     distributed_timeout_minutes: int = flag(30, "a collective operation that takes longer is an error")
 
 

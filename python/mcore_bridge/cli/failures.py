@@ -4,6 +4,7 @@ process group was made with: it works when the groups do not."""
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -15,7 +16,10 @@ from ..utils import get_logger
 SECONDS_TO_RANK_ZERO = 2.0
 SECONDS_OF_GRACE = 10.0
 SECONDS_TO_ANSWER = 4.0
+# How long a rank that was asked to end by a signal waits for a sign of life of all others.
+SECONDS_OF_ROLL_CALL = 8.0
 FAILURE, WANTED, FLIGHT = "mcore-bridge/failure", "mcore-bridge/flight-wanted", "mcore-bridge/flight/{}"
+ROLL_CALL, PRESENT = "mcore-bridge/roll-call", "mcore-bridge/present"
 
 _sentinel = None
 
@@ -25,13 +29,16 @@ def _rank():
 
 
 class Sentinel(threading.Thread):
-    """Ends this process when another rank has failed, and tells, when asked, which collective operations this rank is in."""
+    """Ends this process when another rank has failed, and tells, when asked, which collective operations this rank is in. After
+    a signal that asks for an end (training/preemption.py) it sees to it that the end comes: a rank whose peer is gone never gets
+    to the end of its step."""
 
     def __init__(self, store, timeout_seconds):
         super().__init__(name="mcb-sentinel", daemon=True)
         self.store, self.timeout = store, timeout_seconds
         self.stop, self.failing = threading.Event(), False
-        self._noticed = self._warned = None
+        self._noticed = self._warned = self._called = None
+        self._answered = False
         # One server answers all ranks.
         self.interval = min(5.0, 0.5 + int(os.environ.get("WORLD_SIZE", 1)) / 500)
 
@@ -41,6 +48,7 @@ class Sentinel(threading.Thread):
                 self._look()
             except Exception as error:  # noqa: BLE001 - the store is gone: the agent ended, or is about to end us
                 get_logger().debug(f"sentinel: {error}")
+                self._store_is_gone()
                 return
 
     def _look(self):
@@ -49,12 +57,35 @@ class Sentinel(threading.Thread):
         elif _longest_wait(_records()) > 0.9 * self.timeout and not self._warned:
             self._warned = True
             self.store.set(WANTED, "1")
+        self._roll_call()
         if self.failing or not self.store.check([FAILURE]):
             return
         self._noticed = self._noticed or time.monotonic()
         if time.monotonic() - self._noticed > SECONDS_OF_GRACE and not self.failing:
             sys.stdout.flush()
             os._exit(1)
+
+    def _roll_call(self):
+        """A process that lives answers, whatever its main thread does."""
+        asked = _signal()
+        if asked and self._called is None:
+            self._called = time.monotonic()
+            self.store.set(ROLL_CALL, "1")
+        if not self._answered and self.store.check([ROLL_CALL]):
+            self._answered = True
+            self.store.add(PRESENT, 1)
+        if asked and time.monotonic() - self._called > SECONDS_OF_ROLL_CALL + 2 * self.interval:
+            size = int(os.environ.get("WORLD_SIZE", 1))
+            present = self.store.add(PRESENT, 0)
+            if present < size:
+                _end_by(asked, f"{size - present} of {size} ranks are gone")
+            self._called = float("inf")  # all are there: the step will end
+
+    def _store_is_gone(self):
+        """Rank 0 or torchrun has ended: nobody is left to agree with on a checkpoint."""
+        while not self.stop.wait(self.interval):
+            if asked := _signal():
+                _end_by(asked, "the process that keeps the ranks' store is gone")
 
     def publish(self):
         self.store.set(FLIGHT.format(_rank()), json.dumps(_records()))
@@ -76,6 +107,20 @@ class Sentinel(threading.Thread):
                     found[rank] = json.loads(self.store.get(FLIGHT.format(rank)))
             time.sleep(0.2)
         return found
+
+
+def _signal():
+    from ..engine import _core
+
+    return _core.caught_signal()
+
+
+def _end_by(number, why):
+    """Ends this process with the exit code that shells give a signal."""
+    name = signal.Signals(number).name
+    print(f"mcore-bridge: rank {_rank()}: ended by {name} without a checkpoint: {why}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(128 + number)
 
 
 def watch(timeout_minutes):

@@ -55,9 +55,13 @@ def init_distributed(timeout_minutes=30):
     if "RANK" in os.environ and not dist.is_initialized():
         from datetime import timedelta
 
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        from .attempt import own_store
         from .failures import watch
+
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        timeout = timedelta(minutes=timeout_minutes)
+        store, rank, size = own_store(timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
         watch(timeout_minutes)
 

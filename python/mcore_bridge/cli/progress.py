@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from array import array
 from pathlib import Path
 
 from ..training.reporters import open_all
@@ -32,14 +33,56 @@ def peak_tflops():
     return next((peak for key, peak in PEAKS.items() if key in name), None)
 
 
+class Curves:
+    """What the picture shows, in a few bytes a step."""
+
+    def __init__(self):
+        self.steps, self.losses, self.norms = array("q"), array("d"), array("d")
+        self.evaluated, self.eval_losses = array("q"), array("d")
+
+    def add(self, record):
+        if "loss" in record:
+            self.steps.append(record["iteration"])
+            self.losses.append(record["loss"])
+            self.norms.append(record["grad_norm"])
+        elif "eval_loss" in record:
+            self.evaluated.append(record["iteration"])
+            self.eval_losses.append(record["eval_loss"])
+
+    def draw(self, path):
+        try:
+            import matplotlib
+
+            matplotlib.use("Agg")
+            import matplotlib.pyplot as plt
+        except ImportError:
+            return
+        if not self.steps:
+            return
+        figure, (loss, norm) = plt.subplots(1, 2, figsize=(11, 4))
+        loss.plot(self.steps, self.losses, marker=".", label="training")
+        if self.evaluated:
+            loss.plot(self.evaluated, self.eval_losses, "o-", label="evaluation")
+        loss.set(xlabel="step", ylabel="loss per token", title="Loss")
+        loss.legend()
+        norm.plot(self.steps, self.norms, color="tab:orange")
+        norm.set(xlabel="step", ylabel="gradient norm", title="Gradient norm before clipping")
+        for axes in (loss, norm):
+            axes.grid(alpha=0.3)
+        figure.tight_layout()
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+
+
 class Progress:
     """Only rank 0 shows and writes; the others' calls do nothing."""
 
     def __init__(self, output_dir, total, arguments, describe, resumed=0):
-        """`resumed`: the step a run goes on from; what an earlier attempt logged behind it is dropped."""
+        """`resumed`: the step a run goes on from; what an earlier attempt logged behind it is dropped. A run that goes on from
+        nothing begins a new log, and what lay there keeps another name."""
         self.active = is_master()
         self.total, self.start, self.resumed, self.before = total, time.monotonic(), resumed, 0.0
-        self.records, self.reporters = [], []
+        self.curves, self.reporters = Curves(), []
         self.bar = None
         if not self.active:
             return
@@ -57,19 +100,23 @@ class Progress:
             self.bar.start()
 
     def _keep_log(self, path):
-        """Takes over the log's records up to the step a run goes on from."""
-        if not self.resumed or not path.exists():
+        """Takes over the log's records up to the step a run goes on from; with nothing to go on from, sets the log aside."""
+        if not path.exists():
             return
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # the last line of a run that was killed
-                continue
-            if "iteration" in record and record["iteration"] <= self.resumed:
-                self.records.append(record)
-        self.before = max((record.get("elapsed", 0.0) for record in self.records), default=0.0)
+        if not self.resumed:
+            path.rename(_unused(path.with_name("logging.previous.jsonl")))
+            return
         aside = path.with_name(path.name + ".new")
-        aside.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
+        with open(path, encoding="utf-8") as old, open(aside, "w", encoding="utf-8") as new:
+            for line in old:
+                try:
+                    record = json.loads(line)
+                except ValueError:  # the last line of a run that was killed
+                    continue
+                if "iteration" in record and record["iteration"] <= self.resumed:
+                    self.curves.add(record)
+                    self.before = max(self.before, record.get("elapsed", 0.0))
+                    new.write(json.dumps(record) + "\n")
         aside.replace(path)
 
     def step(self, record, show):
@@ -77,7 +124,7 @@ class Progress:
         if not self.active:
             return
         record["elapsed"] = self.before + time.monotonic() - self.start
-        self.records.append(record)
+        self.curves.add(record)
         text = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  grad {record['grad_norm']:.3f}  {record['tokens_per_second']:,.0f} tok/s"
         if record.get("tflops"):
             text += f"  {record['tflops']:.2f} TFLOP/s" + (f"  MFU {record['mfu']:.1%}" if record.get("mfu") else "")
@@ -102,7 +149,7 @@ class Progress:
         if not self.active:
             return
         record = {"iteration": iteration, "eval_loss": loss}
-        self.records.append(record)
+        self.curves.add(record)
         self.log.write(json.dumps(record) + "\n")
         self.log.flush()
         for reporter in self.reporters:
@@ -124,35 +171,17 @@ class Progress:
         self.log.close()
         for reporter in self.reporters:
             reporter.close()
-        self._plot()
+        self.curves.draw(self.folder / "curves.png")
         print(f"done in {_clock(seconds)}: {json.dumps(summary)}", flush=True)
 
-    def _plot(self):
-        try:
-            import matplotlib
 
-            matplotlib.use("Agg")
-            import matplotlib.pyplot as plt
-        except ImportError:
-            return
-        steps = [record for record in self.records if "loss" in record]
-        if not steps:
-            return
-        figure, (loss, norm) = plt.subplots(1, 2, figsize=(11, 4))
-        at = [record["iteration"] for record in steps]
-        loss.plot(at, [record["loss"] for record in steps], marker=".", label="training")
-        evaluated = [record for record in self.records if "eval_loss" in record]
-        if evaluated:
-            loss.plot([r["iteration"] for r in evaluated], [r["eval_loss"] for r in evaluated], "o-", label="evaluation")
-        loss.set(xlabel="step", ylabel="loss per token", title="Loss")
-        loss.legend()
-        norm.plot(at, [record["grad_norm"] for record in steps], color="tab:orange")
-        norm.set(xlabel="step", ylabel="gradient norm", title="Gradient norm before clipping")
-        for axes in (loss, norm):
-            axes.grid(alpha=0.3)
-        figure.tight_layout()
-        figure.savefig(self.folder / "curves.png", dpi=120)
-        plt.close(figure)
+def _unused(path):
+    """The path, or with the first free number: name-2.jsonl, name-3.jsonl, ..."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return free
 
 
 def _clock(seconds):

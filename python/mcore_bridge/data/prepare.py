@@ -64,13 +64,16 @@ def _shown(name):
 class Units:
     """Training units (a sample, or a packed row of samples) and how a micro-batch of them looks."""
 
-    def __init__(self, samples, arguments, max_length, multiple, pad_token, document_multiple=1):
+    def __init__(self, samples, arguments, max_length, multiple, pad_token, document_multiple=1, packed_multiple=None):
+        """`packed_multiple`: what documents count as when rows are packed: that of the layout a run began on, so that the rows
+        stay the same on any other; there a row may be a few tokens of padding longer than its capacity."""
         self.samples, self.multiple, self.pad_token, self.document_multiple = samples, multiple, pad_token, document_multiple
         self.flat = arguments.packing or arguments.padding_free
         if arguments.packing:
             capacity = arguments.packing_length or max_length
             lengths = [len(sample["input_ids"]) for sample in samples]
-            self.rows = pack([length + -length % document_multiple for length in lengths], capacity)
+            counted = packed_multiple or document_multiple
+            self.rows = pack([length + -length % counted for length in lengths], capacity)
         else:
             self.rows = [[index] for index in range(len(samples))]
 
@@ -110,7 +113,7 @@ class Units:
         return padded_batch(samples, self.multiple, self.pad_token)
 
 
-def load_units(arguments, tokenizer, max_length, multiple, document_multiple=1):
+def load_units(arguments, tokenizer, max_length, multiple, document_multiple=1, packed_multiple=None):
     """(training units, validation units or None)."""
     if not arguments.dataset:
         raise ValueError("--dataset is missing")
@@ -124,7 +127,7 @@ def load_units(arguments, tokenizer, max_length, multiple, document_multiple=1):
     if arguments.split_dataset_ratio and not held_out:
         count = max(1, int(len(rows) * arguments.split_dataset_ratio))
         rows, held_out = rows[:-count], rows[-count:]
-    build = unit_builder(arguments, tokenizer, template, max_length, multiple, document_multiple)
+    build = unit_builder(arguments, tokenizer, template, max_length, multiple, document_multiple, packed_multiple)
     return build(rows), build(held_out) if held_out else None
 
 
@@ -147,7 +150,7 @@ def mixed_rows(arguments):
     return [row for rows in sources for row in rows]
 
 
-def unit_builder(arguments, tokenizer, template, max_length, multiple, document_multiple=1, encoders=None):
+def unit_builder(arguments, tokenizer, template, max_length, multiple, document_multiple=1, packed_multiple=None, encoders=None):
     """f(named rows) -> Units. With `encoders` (a stream) rows that cannot be used may be all of them: then None."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     work = partial(_encode, template=template, arguments=arguments, max_length=max_length)
@@ -161,12 +164,12 @@ def unit_builder(arguments, tokenizer, template, max_length, multiple, document_
             if not arguments.strict and not any(sample for sample, _ in results):
                 return None
             samples = kept_samples(results, arguments.strict, names)
-        return Units(samples, arguments, max_length, multiple, pad, document_multiple)
+        return Units(samples, arguments, max_length, multiple, pad, document_multiple, packed_multiple)
 
     return build
 
 
-def stream_units(arguments, tokenizer, max_length, multiple, document_multiple, encoders):
+def stream_units(arguments, tokenizer, max_length, multiple, document_multiple, packed_multiple, encoders):
     """(stream, f(chunk) -> Units or None) of the training data."""
     from .stream import Stream
 
@@ -184,5 +187,5 @@ def stream_units(arguments, tokenizer, max_length, multiple, document_multiple, 
         shares,
         arguments.stopping_strategy,
     )
-    build = unit_builder(arguments, tokenizer, template, max_length, multiple, document_multiple, encoders)
+    build = unit_builder(arguments, tokenizer, template, max_length, multiple, document_multiple, packed_multiple, encoders)
     return stream, lambda rows: build([(row_name(source, index, row), row) for source, index, row in rows])

@@ -161,7 +161,8 @@ class Checkpoints:
         if not a.save_total_limit:
             return
         best = self.best["step"] if self.best and a.save_total_limit >= 2 else None
-        others = [path for path in checkpoints(self.output_dir) if step_of(path) != best]
+        # One of a later step is of an earlier attempt, damaged perhaps: it must not push out what was just written.
+        others = [path for path in checkpoints(self.output_dir) if step_of(path) != best and step_of(path) <= step_of(self.last)]
         kept = a.save_total_limit - (1 if best is not None and (self.output_dir / f"checkpoint-{best}").exists() else 0)
         for path in others[: -kept or None]:
             # Renamed first: a kill in the middle leaves no half checkpoint that looks whole.

@@ -1,6 +1,7 @@
 """What watches the loss: NaN and Inf, spikes, and a record of the data that caused them."""
 
 import json
+import math
 import statistics
 from collections import deque
 from pathlib import Path
@@ -19,19 +20,24 @@ class SpikeDetector:
         self.threshold = threshold
         self.recent = deque(recent, maxlen=WINDOW)
 
-    def score(self, loss):
-        """The score of a loss, which then counts as recent."""
-        score = 0.0
-        if len(self.recent) >= ENOUGH:
-            middle = statistics.median(self.recent)
-            spread = max(statistics.median(abs(value - middle) for value in self.recent), 0.01 * abs(middle), 1e-12)
-            score = MAD_OF_NORMAL * (loss - middle) / spread
-        self.recent.append(loss)
-        return score
+    def _middle(self):
+        """(median, robust standard deviation) of the recent losses; None when they are too few."""
+        if len(self.recent) < ENOUGH:
+            return None
+        middle = statistics.median(self.recent)
+        spread = max(statistics.median(abs(value - middle) for value in self.recent), 0.01 * abs(middle), 1e-12)
+        return middle, spread / MAD_OF_NORMAL
+
+    def limit(self):
+        """The largest loss that would be no spike."""
+        known = self._middle()
+        return known[0] + self.threshold * known[1] if known and self.threshold > 0 else math.inf
 
     def is_spike(self, loss):
-        score = self.score(loss)
-        return self.threshold > 0 and score > self.threshold, score
+        """(whether, score) of a loss, which then counts as recent: a level that stays is no spike for long."""
+        known, spike = self._middle(), loss > self.limit()
+        self.recent.append(loss)
+        return spike, (loss - known[0]) / known[1] if known else 0.0
 
 
 class BadBatches:

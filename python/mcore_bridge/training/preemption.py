@@ -1,30 +1,25 @@
 """SIGTERM and SIGUSR1 ask for a checkpoint and an end at the next step's boundary."""
 
 import signal
-import threading
+
+from ..engine import _core
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preemption:
-    """Between install() and restore() the signals only leave a note. A second SIGTERM ends the process as usual."""
-
-    def __init__(self):
-        self.received = None
-        self._before = {}
+    """Between install() and restore() the signals only leave a note. A second SIGTERM ends the process at once; the first does
+    when not all ranks are left to reach the end of the step (cli/failures.py)."""
 
     def install(self):
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                self._before[number] = signal.signal(number, self._note)
+        _core.watch_signals([int(number) for number in SIGNALS])
         return self
 
-    def _note(self, number, frame):
-        self.received = signal.Signals(number).name
-        if number == signal.SIGTERM:
-            signal.signal(number, self._before.get(number) or signal.SIG_DFL)
+    @property
+    def received(self):
+        """The signal's name, or None."""
+        number = _core.caught_signal()
+        return signal.Signals(number).name if number else None
 
     def restore(self):
-        for number, handler in self._before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        self._before = {}
+        _core.unwatch_signals()

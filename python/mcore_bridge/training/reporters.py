@@ -10,9 +10,9 @@ class Tensorboard:
     def __init__(self, arguments, output_dir, resumed):
         from torch.utils.tensorboard import SummaryWriter
 
-        # What an interrupted run wrote behind the checkpoint is hidden.
-        purge = {"purge_step": resumed + 1} if resumed else {}
-        self.writer = SummaryWriter(arguments.tensorboard_dir or str(Path(output_dir) / "runs"), **purge)
+        # What an earlier attempt wrote behind the step this one goes on from (all of it for a run from the beginning) stays in its
+        # file, hidden.
+        self.writer = SummaryWriter(arguments.tensorboard_dir or str(Path(output_dir) / "runs"), purge_step=resumed + 1)
 
     def write(self, step, numbers):
         for name, value in numbers.items():

@@ -1,7 +1,6 @@
 """Which checkpoint a run goes on from: the newest that is whole."""
 
 import json
-import os
 import re
 import shutil
 from datetime import datetime
@@ -25,6 +24,12 @@ def checkpoints(folder):
     return sorted(found, key=step_of)
 
 
+def written(path):
+    """When a checkpoint's state was written, in seconds since 1970; 0 when it has none."""
+    state = Path(path) / STATE
+    return state.stat().st_mtime if state.exists() else 0.0
+
+
 def versions(output_dir):
     """The vN-<time> folders of output_dir, oldest first."""
     numbered = [(int(match[1]), path) for path in Path(output_dir).glob("v*-*") if (match := re.match(r"v(\d+)-", path.name))]
@@ -45,23 +50,19 @@ def clean(folder):
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.rename(target)
-    for left in Path(folder).glob(".checkpoint-*.saving"):
+    for left in Path(folder).glob(".checkpoint-*.saving*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
-def wanted(arguments, environment=os.environ):
-    """What to resume from: a path, "auto" or None. A rank that torchrun started again resumes by itself."""
-    restarted = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0) or 0) > 0
-    return "auto" if restarted else arguments.resume_from_checkpoint
-
-
-def run_folder(arguments, source):
-    """Where a run writes. Going on with `auto` (and inside a run's folder) means in the same place."""
+def run_folder(arguments, source, restarted=False):
+    """Where a run writes. Going on with `auto` (and inside a run's folder) means in the same place; so does a restart by torchrun,
+    whose first attempt has made the newest folder."""
     if source not in (None, "auto"):
         path = Path(source)
         inside = path.parent if step_of(path) is not None else path
-        return str(inside) if not arguments.finetune and _holds(inside, arguments.output_dir) else _fresh(arguments)
-    if source == "auto" and arguments.add_version:
+        if not arguments.finetune and _holds(inside, arguments.output_dir):
+            return str(inside)
+    if (source == "auto" or restarted) and arguments.add_version:
         earlier = versions(arguments.output_dir)
         if earlier:
             return str(earlier[-1])
@@ -111,18 +112,9 @@ def read_state(path):
     return state
 
 
-def choose(arguments, source, control, group, say):
-    """(folder, state) of the newest whole checkpoint, the same on all ranks; (None, None) with `auto` when there is none.
-    Every damaged one is named. Collective."""
-    paths = None
-    if control.rank == 0:
-        try:
-            paths = [str(path) for path in candidates(arguments, source)]
-        except FileNotFoundError as error:
-            paths = error
-    paths = control.share(paths)
-    if isinstance(paths, Exception):
-        raise paths
+def choose(paths, control, group, say):
+    """(folder, state) of the first of `paths` (rank 0's, shared) that is whole, the same on all ranks; (None, None) when there is
+    none. Every damaged one is named. Collective."""
     for path in paths:
         state = None
         if control.rank == 0:
@@ -139,6 +131,4 @@ def choose(arguments, source, control, group, say):
         if not damage:
             return path, state
         say(f"{path} is not used: {'; '.join(damage[:5])}" + (f"; and {len(damage) - 5} more" if len(damage) > 5 else ""))
-    if source == "auto":
-        return None, None
-    raise ValueError(f"--resume_from_checkpoint {source}: no checkpoint there is whole")
+    return None, None

@@ -14,11 +14,12 @@ def _text(data):
 
 
 def capture():
-    """This process's generators: Python, NumPy (when it is there), torch on the CPU and on the current GPU."""
+    """This process's generators: Python, NumPy (when it is there), torch's on the CPU and on the current GPU, each followed by the
+    engine's streams there (for what ranks must not draw alike)."""
     version, words, gauss = random.getstate()
     state = {
         "python": {"version": version, "words": _text(array("I", words).tobytes()), "gauss": gauss},
-        "torch": _text(torch.get_rng_state().numpy().tobytes()),
+        "torch": [_text(generator.numpy().tobytes()) for generator in _core.random_state(_device())],
     }
     try:
         import numpy
@@ -33,10 +34,6 @@ def capture():
         }
     except ImportError:
         pass
-    if torch.cuda.is_available():
-        state["cuda"] = _text(torch.cuda.get_rng_state().numpy().tobytes())
-    # Streams of the engine's own, for what ranks must not draw alike.
-    state["engine"] = [_text(stream.numpy().tobytes()) for stream in _core.random_state(_device())]
     return state
 
 
@@ -54,13 +51,10 @@ def restore(state):
     words = array("I")
     words.frombytes(base64.b64decode(state["python"]["words"]))
     random.setstate((state["python"]["version"], tuple(words), state["python"]["gauss"]))
-    torch.set_rng_state(_tensor(state["torch"]))
     if "numpy" in state:
         import numpy
 
         saved = state["numpy"]
         key = numpy.frombuffer(base64.b64decode(saved["key"]), dtype="<u4")
         numpy.random.set_state((saved["name"], key, saved["position"], saved["has_gauss"], saved["gauss"]))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_tensor(state["cuda"]))
-    _core.set_random_state([_tensor(stream) for stream in state["engine"]], _device())
+    _core.set_random_state([_tensor(generator) for generator in state["torch"]], _device())

@@ -13,7 +13,7 @@ from .control import Control, new_engine_group
 from .guards import BadBatches, SpikeDetector
 from .preemption import Preemption
 from .profile import Profiler
-from .resume import choose, clean, run_folder, wanted
+from .resume import candidates, checkpoints, choose, clean, run_folder, written
 from .setup import Data, build_models, build_trainer
 
 
@@ -40,7 +40,8 @@ class Run:
         self.lora = arguments.tuner_type == "lora"
         self._find_checkpoint()
         self.models = build_models(arguments, self.config, folder, self.checkpoint)
-        self.data = Data(arguments, self.config, folder, self.parallel)
+        packed_multiple = self.saved["packed_multiple"] if self.saved and not self.finetune else None
+        self.data = Data(arguments, self.config, folder, self.parallel, packed_multiple)
         self.train_iters = self.data.train_iters
         self.trainer = build_trainer(self.models, arguments, self.train_iters)
         self._take_over()
@@ -48,19 +49,46 @@ class Run:
     # Resuming
 
     def _find_checkpoint(self):
-        """Where this run writes, and what it goes on from."""
+        """Where this run writes, and what it goes on from: what --resume_from_checkpoint says, or, when torchrun has started these
+        ranks again, first of all what the attempt before has written."""
         a = self.arguments
-        source = wanted(a)
-        output_dir = None
-        if self.control.rank == 0:
-            output_dir = run_folder(a, source)
-            clean(output_dir)
-        self.output_dir = Path(self.control.share(output_dir))
+        source = a.resume_from_checkpoint
+        decided = self.control.share(self._decide(source) if self.control.rank == 0 else None)
+        if isinstance(decided, Exception):
+            raise decided
+        folder, own, others = decided
+        self.output_dir = Path(folder)
         self.checkpoint = self.saved = None
-        if source is not None:
-            self.checkpoint, self.saved = choose(a, source, self.control, new_engine_group(), self._announce)
+        self.finetune, self.load_optim, self.load_rng = a.finetune, not a.no_load_optim, not a.no_load_rng
+        if not own and not others:
+            return
+        group = new_engine_group()
+        self.checkpoint, self.saved = choose(own, self.control, group, self._announce)
+        if self.saved:  # this very run: what the flags leave out of somebody else's checkpoint does not count
+            self.finetune, self.load_optim, self.load_rng = False, not a.no_save_optim, not a.no_save_rng
+        else:
+            self.checkpoint, self.saved = choose(others, self.control, group, self._announce)
+        if not self.saved and source not in (None, "auto"):
+            raise ValueError(f"--resume_from_checkpoint {source}: no checkpoint there is whole")
         if self.saved and self.saved["tuner_type"] != a.tuner_type:
             raise ValueError(f"{self.checkpoint} was trained with --tuner_type {self.saved['tuner_type']}, not {a.tuner_type}")
+
+    def _decide(self, source):
+        """(folder, checkpoints of an earlier attempt of this run, checkpoints that were asked for), or the error. On rank 0."""
+        from ..cli.attempt import begun, restarted
+
+        a = self.arguments
+        try:
+            again = restarted()
+            folder = run_folder(a, source, again)
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            clean(folder)
+            # What another run left in the folder is older.
+            own = [path for path in reversed(checkpoints(folder)) if again and written(path) >= begun()]
+            others = [] if source is None else [str(path) for path in candidates(a, source)]
+            return folder, [str(path) for path in own], others
+        except (OSError, ValueError) as error:
+            return error
 
     def _announce(self, text):
         if self.control.rank == 0:
@@ -73,7 +101,7 @@ class Run:
         self.position = None
         recent, self.best, self.first_loss = (), None, None
         if saved:
-            if not a.no_load_optim:
+            if self.load_optim:
                 if saved["params_dtype"] != "float32" and str(self.config.params_dtype).endswith("float32"):
                     raise ValueError(
                         f"{self.checkpoint} was trained in {saved['params_dtype']}; go on with --torch_dtype {saved['params_dtype']}, "
@@ -85,19 +113,20 @@ class Run:
                     )
                 _core.load_optimizer_state(self.trainer._engine, self.checkpoint, peft_format=self.lora, adapter_name="default")
                 _core.set_optimizer_scalars(self.trainer._engine, json.dumps(saved["optimizer"]))
-            if not a.finetune:
+            if not self.finetune:
                 self.step, self.tokens, self.position = saved["step"], saved["consumed_tokens"], saved["data"]
                 self.trainer.iteration = self.step
                 recent, self.best, self.first_loss = saved["recent_losses"], saved["best"], saved["first_loss"]
             self._take_over_generators(a, saved)
-            self._announce(f"resumed from {self.checkpoint} at step {self.step}")
+            fresh = "" if self.load_optim else " with a fresh optimizer"
+            self._announce(f"resumed from {self.checkpoint} at step {self.step}{fresh}")
         self.spikes = SpikeDetector(a.loss_spike_threshold, recent)
 
     def _take_over_generators(self, a, saved):
         import mcore_bridge as mb
 
         path = Path(self.checkpoint) / "training_state" / "rng.json"
-        if a.no_load_rng or not path.exists():
+        if not self.load_rng or not path.exists():
             return
         if saved["layout"] == layout_of(self.parallel, self.config):
             rng_state.restore(json.loads(path.read_text())[str(self.control.rank)])
@@ -202,7 +231,8 @@ class Run:
     def _step(self, batch):
         """The engine's step; None when it was skipped. What is not finite is named and the batch recorded."""
         try:
-            return self.trainer.train_step(batch.micro_batches)
+            limit = self.spikes.limit() if self.arguments.on_loss_spike == "skip" else math.inf
+            return self.trainer.train_step(batch.micro_batches, limit)
         except FloatingPointError as error:
             self.control.finish()
             step = self.step + 1
@@ -227,8 +257,10 @@ class Run:
         spike, score = self.spikes.is_spike(result.loss)
         if not spike:
             return
-        self.bad_batches.record(self.step, "spike", batch.rows, loss=result.loss, score=score)
+        self.bad_batches.record(self.step, "spike", batch.rows, loss=result.loss, score=score, skipped=result.spike)
         text = f"step {self.step}: the loss {result.loss:.4f} is a spike ({score:.1f} robust standard deviations); see {self.bad_batches.path}"
+        if result.spike:
+            text += "; the step was skipped"
         if self.arguments.on_loss_spike == "stop":
             raise FloatingPointError(f"{text}; stopped before a checkpoint is written (--on_loss_spike stop)")
         self.progress.say(text)
@@ -251,9 +283,9 @@ class Run:
         )  # fmt: skip
         if peak := peak_tflops():
             record["mfu"] = tflops / peak
-        if result.loss_scale != 1:
+        if result.loss_scale != 1 or result.skipped_steps:
             record.update(loss_scale=result.loss_scale, skipped_steps=result.skipped_steps)
-        if result.skipped:
+        if result.skipped and not result.spike:
             self.progress.say(f"step {result.iteration} skipped: gradients overflowed at loss scale {result.loss_scale:g}")
         self.progress.step(record, show=last or result.iteration == 1 or result.iteration % a.logging_steps == 0)
 
@@ -264,6 +296,7 @@ class Run:
             consumed_tokens=self.tokens,
             lr=_core.learning_rate(self.trainer.options, max(1, self.step)),
             data=self.position,
+            packed_multiple=self.data.packed_multiple,
             seed=self.arguments.seed,
             recent_losses=list(self.spikes.recent),
             first_loss=self.first_loss,

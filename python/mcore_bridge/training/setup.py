@@ -77,7 +77,8 @@ def build_models(arguments, config, folder, checkpoint):
 class Data:
     """Training and validation data of this rank."""
 
-    def __init__(self, arguments, config, folder, parallel):
+    def __init__(self, arguments, config, folder, parallel, packed_multiple=None):
+        """`packed_multiple`: that of the run this one goes on with (state.json)."""
         from transformers import AutoTokenizer
 
         from ..cli.session import sequence_multiples
@@ -86,6 +87,8 @@ class Data:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self.max_length = arguments.max_length or min(config.max_position_embeddings or 8192, 8192)
         multiples = sequence_multiples(config, parallel)
+        self.packed_multiple = packed_multiple or multiples[1]
+        multiples = (*multiples, self.packed_multiple)
         if len(tokenizer) > config.padded_vocab_size:
             raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {config.padded_vocab_size}")
         self.units = self.held_out = self.encoders = None

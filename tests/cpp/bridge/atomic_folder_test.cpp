@@ -60,10 +60,19 @@ TEST_F(AtomicFolderTest, ReplacesWeightsAndKeepsTheRest) {
 TEST_F(AtomicFolderTest, CleansUpAfterAKilledRun) {
   fs::create_directories(root_ / ".out.saving");
   write_file(root_ / ".out.saving/half", "x");
-  AtomicFolder folder((root_ / "out").string());
+  AtomicFolder folder((root_ / "out").string(), 7), earlier((root_ / "out").string(), 8);
+  earlier.begin();
+  write_file(earlier.staging() / "half", "x");
+  fs::create_directories(root_ / ".out.savings");
   folder.begin();
-  EXPECT_TRUE(fs::is_empty(folder.staging()));
+  EXPECT_FALSE(fs::exists(earlier.staging()));
+  write_file(folder.staging() / "a.weights", "new");
+  EXPECT_THROW(write_file(earlier.staging() / "a.weights", "late"), IoError)
+      << "a rank of the earlier run, still alive";
+  EXPECT_EQ(read(folder.staging() / "a.weights"), "new");
   folder.abandon();
+  EXPECT_TRUE(fs::exists(root_ / ".out.savings")) << "somebody else's";
+  fs::remove(root_ / ".out.savings");
   EXPECT_TRUE(fs::is_empty(root_));
   // Killed between the two renames of the fallback: the old state comes back.
   fs::create_directories(root_ / ".out.old");
