@@ -21,5 +21,6 @@ void init_train(py::module_& module);
 void init_training_checkpoint(py::module_& module);
 void init_schedule(py::module_& module);
 void init_kernels(py::module_& module);
+void init_planner(py::module_& module);
 
 }  // namespace mcore_bridge

@@ -41,4 +41,5 @@ PYBIND11_MODULE(_core, module) {
   init_training_checkpoint(module);
   init_schedule(module);
   init_kernels(module);
+  init_planner(module);
 }

@@ -2,9 +2,11 @@
 #include <algorithm>
 
 #include "config/json_value.h"
+#include "config/layout_rules.h"
 #include "config/pipeline_layout.h"
 #include "config/rope_scaling.h"
 #include "mcore_bridge/error.h"
+#include "mcore_bridge/layouts.h"
 #include "mcore_bridge/model_config.h"
 
 namespace mcore_bridge {
@@ -26,6 +28,9 @@ void check_supported(const ModelConfig& c) {
   only("hidden_act", c.hidden_act, {"silu", "gelu", "gelu_tanh"});
   only("task_type", c.task_type, {"causal_lm"});
   MCB_CHECK(c.swiglu, "ModelConfig.swiglu: an MLP without gate is not supported by this version");
+}
+
+void check_supported_layout(const ModelConfig& c) {
   MCB_CHECK(c.expert_model_parallel_size == 1, "ModelConfig.expert_model_parallel_size: ", c.expert_model_parallel_size,
             " needs a mixture-of-experts model, which this version does not have");
   const auto expert_tensor = c.expert_tensor_parallel_size.value_or(1);
@@ -167,6 +172,13 @@ void check_context_parallel(const ModelConfig& c) {
 
 }  // namespace
 
+void check_layout_rules(const ModelConfig& c) {
+  check_supported_layout(c);
+  check_tensor_parallel(c);
+  check_context_parallel(c);
+  check_pipeline(c);
+}
+
 void ModelConfig::finalize() {
   MCB_CHECK(!(fp16 && bf16), "ModelConfig: fp16 and bf16 exclude each other");
   MCB_CHECK(!(fp16 && params_dtype == at::kBFloat16) && !(bf16 && params_dtype == at::kHalf),
@@ -186,9 +198,7 @@ void ModelConfig::finalize() {
   check_supported(*this);
   check_ranges(*this);
   check_recompute(*this);
-  check_tensor_parallel(*this);
-  check_context_parallel(*this);
-  check_pipeline(*this);
+  check_layout(*this);
 }
 
 }  // namespace mcore_bridge

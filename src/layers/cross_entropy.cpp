@@ -169,4 +169,24 @@ at::Tensor linear_cross_entropy(const at::Tensor& x_sbh, const at::Tensor& weigh
                                    grad && weight.requires_grad());
 }
 
+Footprint cross_entropy_footprint(int64_t columns, int tp, const ActivationShape& shape) {
+  const auto rows = shape.tokens(), row = columns * shape.element;
+  Footprint result;
+  const auto chunk = shape.training_loss ? chunk_rows(rows, row) : rows;
+  for (int64_t first = 0; first < rows; first += chunk) {
+    const auto count = std::min(chunk, rows - first);
+    result.tensor_forward += Traffic::all_reduce(count * 4, tp);      // maximum
+    result.tensor_forward += Traffic::all_reduce(2 * count * 4, tp);  // sum of exponentials, the target's logit
+  }
+  // Without a kernel of its own the softmax runs in fp32: the scores, of low precision first a copy.
+  const auto scores = shape.fused ? 0 : chunk * columns * (shape.element < 4 ? 8 : 4);
+  if (shape.training_loss) {
+    result.workspace = chunk * row + scores;
+  } else {
+    result.saved = rows * (row + 8 + 3 * 4);  // logits, target, statistics
+    result.workspace = std::max(rows * row, scores);
+  }
+  return result;
+}
+
 }  // namespace mcore_bridge

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "layers/footprint.h"
 #include "parallel/group.h"
 
 namespace mcore_bridge {
@@ -23,5 +24,10 @@ struct LinearCrossEntropyOptions {
 /// vocabulary, h]; `labels_sb` as above.
 at::Tensor linear_cross_entropy(const at::Tensor& x_sbh, const at::Tensor& weight, const at::Tensor& labels_sb,
                                 const LinearCrossEntropyOptions& options, const Group& group);
+
+/// Of the logits' part of either: `columns` of this rank, padding included. vocab_parallel_cross_entropy keeps the
+/// logits; linear_cross_entropy (shape.training_loss) has a chunk of them at a time, `workspace` counts those of
+/// forward.
+Footprint cross_entropy_footprint(int64_t columns, int tp, const ActivationShape& shape);
 
 }  // namespace mcore_bridge

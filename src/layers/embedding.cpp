@@ -58,4 +58,45 @@ at::Tensor OutputLayer::forward(const at::Tensor& x_sbh, const at::Tensor& tied)
   return linear_map(x, weight(tied));
 }
 
+Footprint VocabParallelEmbedding::footprint(const ActivationShape& shape) const {
+  const auto tp = parallel_->tp.size();
+  const auto tokens = shape.tokens(), whole = tokens * options_.hidden_size * shape.element;
+  Footprint result{.output_grad = weight_.requires_grad()};
+  if (options_.sequence_parallel) {
+    result.tensor_forward = Traffic::reduce_scatter(whole, tp);
+    if (weight_.requires_grad()) result.tensor_backward = Traffic::all_gather(whole, tp);
+  } else {
+    result.tensor_forward = Traffic::all_reduce(whole, tp);
+  }
+  if (weight_.requires_grad()) {
+    result.saved = tokens * (tp > 1 ? 8 + 1 : 8);                                   // ids, and which are elsewhere
+    result.workspace = weight_.numel() * shape.element + whole * (tp > 1 ? 2 : 1);  // the dense gradient
+  }
+  return result;
+}
+
+Footprint OutputLayer::footprint(const ActivationShape& shape, bool tied_grad) const {
+  const auto tp = parallel_->tp.size();
+  const bool split = options_.sequence_parallel && tp > 1;
+  const bool weight_grad = weight_.defined() ? weight_.requires_grad() : tied_grad;
+  const auto tokens = shape.tokens(), whole = tokens * options_.hidden_size * shape.element;
+  const auto matrix = columns() * options_.hidden_size;
+  const auto flops = 2.0 * static_cast<double>(tokens) * static_cast<double>(matrix);
+  Footprint result{.forward_flops = flops,
+                   .backward_flops = flops * ((shape.input_grad ? 1 : 0) + (weight_grad ? 1 : 0)),
+                   .output_grad = shape.input_grad || weight_grad};
+  if (split) result.tensor_forward = Traffic::all_gather(whole, tp);
+  if (shape.input_grad)
+    result.tensor_backward = split ? Traffic::reduce_scatter(whole, tp) : Traffic::all_reduce(whole, tp);
+  if (shape.training_loss) {
+    // The gradients of input (whole) and matrix (fp32) wait for backward; the scaled copy of the input's there.
+    result.saved = (shape.input_grad ? whole : 0) + (weight_grad ? matrix * 4 : 0);
+    result.workspace = whole;
+  } else {
+    if (weight_grad && (split || !shape.input_kept)) result.saved = whole;
+    result.workspace = tokens * columns() * shape.element + whole + (weight_grad ? matrix * shape.element : 0);
+  }
+  return result;
+}
+
 }  // namespace mcore_bridge

@@ -21,6 +21,7 @@ class VocabParallelEmbedding : public Module {
   std::vector<NamedParameter> own_parameters() const override;
   /// ids [b, s] -> [s, b, h], or [s / tp, b, h] with sequence parallelism.
   at::Tensor forward(const at::Tensor& ids) const;
+  Footprint footprint(const ActivationShape& shape) const override;
   const at::Tensor& weight() const { return weight_; }
 
  private:
@@ -37,6 +38,11 @@ class OutputLayer : public Module {
   std::vector<NamedParameter> own_parameters() const override;
   /// [s', b, h] -> [s, b, local vocabulary]; `tied` is the embedding matrix when this layer has none of its own.
   at::Tensor forward(const at::Tensor& x_sbh, const at::Tensor& tied) const;
+  /// Without the embedding's matrix: `tied_grad` says whether that learns when it is this layer's. Of forward alone, or
+  /// with shape.training_loss of linear_cross_entropy.
+  Footprint footprint(const ActivationShape& shape, bool tied_grad) const;
+  /// Columns of this rank's logits.
+  int64_t columns() const { return options_.local_rows(parallel_->tp.size()); }
   /// The matrix in use.
   const at::Tensor& weight(const at::Tensor& tied) const { return weight_.defined() ? weight_ : tied; }
 

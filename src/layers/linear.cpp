@@ -210,4 +210,77 @@ at::Tensor ParallelLinear::merged_weight(const std::string& name) const {
   return at::addmm(weight_.to(at::kFloat), b, adapter.a.to(at::kFloat)).to(weight_.scalar_type());
 }
 
+Footprint ParallelLinear::footprint(const ActivationShape& shape, bool gated) const {
+  const auto tp = parallel_->tp.size();
+  const bool split = sharded(), column = options_.shard == Shard::kColumn, norm = layer_norm_weight_.defined();
+  const auto tokens = shape.tokens(), local = column && split ? tokens / tp : tokens, e = shape.element;
+  const auto in = weight_.size(1), out = weight_.size(0);
+  const bool weight_grad = weight_.requires_grad(),
+             input_grad = shape.input_grad || (norm && layer_norm_weight_.requires_grad());  // of the product's input
+  Footprint result{.output_grad = input_grad || weight_grad || (bias_.defined() && bias_.requires_grad())};
+  for (const auto& [name, adapter] : adapters_)
+    result.output_grad = result.output_grad || adapter.a.requires_grad() || adapter.b.requires_grad();
+
+  auto product = [&](int64_t rows, const at::Tensor& matrix, bool matrix_grad, bool columns_grad) {
+    const auto flops = 2.0 * static_cast<double>(rows) * static_cast<double>(matrix.numel());
+    result.forward_flops += flops;
+    result.backward_flops += flops * ((columns_grad ? 1 : 0) + (matrix_grad ? 1 : 0));
+  };
+  product(tokens, weight_, weight_grad, input_grad);
+  if (weight_grad) result.deferred = tokens * (in + out) * e;
+  const auto whole = tokens * (column ? in : out) * e, shard = whole / tp;  // what crosses the group
+  if (column && split) {
+    result.tensor_forward = options_.overlap ? Traffic::exchange(shard) * (tp - 1) : Traffic::all_gather(whole, tp);
+    const bool overlap = options_.overlap && input_grad;
+    if (input_grad)
+      result.tensor_backward = overlap ? Traffic::exchange(shard) * (tp - 1) : Traffic::reduce_scatter(whole, tp);
+    if (weight_grad)  // the input once more
+      result.tensor_backward += overlap ? Traffic::exchange(shard) * (tp - 1) : Traffic::all_gather(whole, tp);
+  } else if (column) {
+    if (input_grad) result.tensor_backward = Traffic::all_reduce(whole, tp);
+  } else if (split) {
+    result.tensor_forward = options_.overlap ? Traffic::exchange(shard) * (tp - 1) : Traffic::reduce_scatter(whole, tp);
+    if (result.output_grad)
+      result.tensor_backward =
+          options_.overlap && input_grad ? Traffic::exchange(shard) * (tp - 1) : Traffic::all_gather(whole, tp);
+  } else {
+    result.tensor_forward = Traffic::all_reduce(whole, tp);
+  }
+
+  // What stands in front of the product: as one node it is made again from its input, else its result is kept too.
+  const bool front = norm || gated;
+  const auto width = gated ? 2 * in : in;
+  bool reads_input = weight_grad;  // somebody's gradient is a product with the input
+  int64_t saved = 0;
+  for (const auto& [name, adapter] : adapters_) {
+    const auto& [a, b, parts, r, scaling, dropout] = adapter;
+    product(local, a, a.requires_grad(), input_grad);
+    product(tokens, b, b.requires_grad(), a.requires_grad() || input_grad);
+    if (a.requires_grad()) result.deferred += (tokens * a.size(0) + (weight_grad ? 0 : tokens * in)) * e;
+    saved += tokens * a.size(0) * e;                                   // A x
+    saved += parts.size() == 1 ? b.numel() * e : out * a.size(0) * e;  // B as one matrix
+    if (split && dropout > 0) {
+      if (input_grad) saved += local * in * (shape.fused ? 1 : e);  // mask
+      if (a.requires_grad()) saved += local * in * e;               // what it left
+    } else {
+      if (dropout > 0) saved += local * in;
+      reads_input = reads_input || a.requires_grad();
+    }
+    if (column && split) {
+      result.tensor_forward += Traffic::all_gather(tokens * a.size(0) * e, tp);
+      result.tensor_backward += Traffic::reduce_scatter(tokens * a.size(0) * e, tp);
+    }
+  }
+  if (norm && (!split || input_grad)) saved += local * 4;
+  if (!shape.input_kept && (!split || (front ? input_grad : reads_input))) saved += local * width * e;
+  if (split && front && reads_input) saved += local * in * e;
+  if (result.output_grad) result.saved = saved;
+
+  // Gradients of output and input, the input made again (gated: its gradient is twice as wide); on the CPU the steps of
+  // the activation's gradient and the fp32 copies from which the weight's is added up.
+  result.workspace = tokens * (out + (!gated ? 3 : shape.fused ? 4 : 6) * in) * e;
+  if (!shape.fused && e < 4 && weight_grad) result.workspace += tokens * (out + in) * 4;
+  return result;
+}
+
 }  // namespace mcore_bridge

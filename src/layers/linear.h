@@ -60,6 +60,9 @@ class ParallelLinear : public Module {
   LinearOutput forward(const at::Tensor& x_sbh, const at::Tensor& delta);
   /// act(gate) * up of x = [gate | up] in front of the product.
   at::Tensor forward_gated(const at::Tensor& x_sbh, Activation activation);
+  Footprint footprint(const ActivationShape& shape) const override { return footprint(shape, /*gated=*/false); }
+  /// `gated`: of forward_gated.
+  Footprint footprint(const ActivationShape& shape, bool gated) const;
 
   const LinearOptions& options() const { return options_; }
   const at::Tensor& weight() const { return weight_; }

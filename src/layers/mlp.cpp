@@ -5,7 +5,8 @@
 namespace mcore_bridge {
 
 MLP::MLP(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions tensor_options)
-    : activation_(parse_activation(config.hidden_act)) {
+    : activation_(parse_activation(config.hidden_act)),
+      sequence_split_(config.sequence_parallel ? parallel->tp.size() : 1) {
   fc1_ = std::make_unique<ParallelLinear>(LinearOptions{.in = config.hidden_size,
                                                         .out = 2 * config.ffn_hidden_size,
                                                         .shard = Shard::kColumn,
@@ -24,6 +25,16 @@ MLP::MLP(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions
                                                         .sequence_parallel = config.sequence_parallel,
                                                         .overlap = config.tp_comm_overlap},
                                           parallel, tensor_options);
+}
+
+Footprint MLP::footprint(const ActivationShape& shape) const {
+  auto result = fc1_->footprint(shape);
+  result.workspace += shape.tokens() * fc1_->options().in * shape.element / sequence_split_;  // the residual's gradient
+  auto inner = shape;
+  inner.input_kept = false;
+  inner.input_grad = result.output_grad;
+  result += fc2_->footprint(inner, /*gated=*/true);
+  return result;
 }
 
 }  // namespace mcore_bridge

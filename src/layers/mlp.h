@@ -15,6 +15,7 @@ class MLP : public Module {
   MLP(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions tensor_options);
   std::string kind() const override { return "MLP"; }
   std::vector<Child> children() const override { return {{"linear_fc1", fc1_.get()}, {"linear_fc2", fc2_.get()}}; }
+  Footprint footprint(const ActivationShape& shape) const override;
   /// The block's output for norm(x + delta), and x + delta itself: see LinearOutput. `delta` may be undefined.
   LinearOutput forward(const at::Tensor& x_sbh, const at::Tensor& delta) {
     const auto [gate_up, sum] = fc1_->forward(x_sbh, delta);
@@ -24,6 +25,7 @@ class MLP : public Module {
 
  private:
   Activation activation_;
+  int64_t sequence_split_;
   std::unique_ptr<ParallelLinear> fc1_, fc2_;
 };
 

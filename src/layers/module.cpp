@@ -32,6 +32,16 @@ std::vector<std::pair<std::string, std::string>> Module::named_modules() const {
   return result;
 }
 
+Footprint Module::footprint(const ActivationShape& shape) const {
+  Footprint result{.output_grad = shape.input_grad};
+  auto next = shape;
+  for (const auto& child : children()) {
+    next.input_grad = result.output_grad;
+    result += child.module->footprint(next);
+  }
+  return result;
+}
+
 void Module::train(bool on) {
   training_ = on;
   for (const auto& child : children()) child.module->train(on);

@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "layers/footprint.h"
+
 namespace mcore_bridge {
 
 /// What training must know about a parameter beyond its values.
@@ -56,6 +58,10 @@ class Module {
   std::vector<NamedParameter> named_parameters() const;
   /// (dotted name, kind) of every module of the tree, parents first; the root's name is "".
   std::vector<std::pair<std::string, std::string>> named_modules() const;
+
+  /// What one micro-batch costs in this module, its children included; a change of what a layer keeps, computes or
+  /// sends changes its footprint. The default adds up the children one after the other.
+  virtual Footprint footprint(const ActivationShape& shape) const;
 
   /// Dropout acts only while training.
   void train(bool on);

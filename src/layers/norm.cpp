@@ -44,4 +44,16 @@ at::Tensor Norm::forward(const at::Tensor& x) const {
   return rms_norm(x, weight_, options_.epsilon, options_.zero_centered);
 }
 
+Footprint rms_norm_footprint(int64_t rows, int64_t width, bool weight_grad, const ActivationShape& shape) {
+  Footprint result{.output_grad = shape.input_grad || weight_grad};
+  if (!result.output_grad) return result;
+  result.saved = rows * 4 + (shape.input_kept ? 0 : rows * width * shape.element);
+  result.workspace = 2 * rows * width * shape.element;
+  return result;
+}
+
+Footprint Norm::footprint(const ActivationShape& shape) const {
+  return rms_norm_footprint(shape.tokens(), options_.size, weight_.requires_grad(), shape);
+}
+
 }  // namespace mcore_bridge

@@ -17,6 +17,7 @@ class RotaryEmbedding {
   RotaryEmbedding(const ModelConfig& config, c10::Device device);
   /// `position_ids`: [b, s]; `length`: longest sequence now (only kinds that depend on it look at it).
   RopeTable table(const at::Tensor& position_ids, int64_t length);
+  int64_t rotated() const { return 2 * inverse_frequencies_.numel(); }  ///< entries of a head that rotate
 
  private:
   void refresh(int64_t length);

@@ -18,6 +18,7 @@ class TransformerLayer : public Module {
   std::string kind() const override { return "TransformerLayer"; }
   std::vector<Child> children() const override { return {{"self_attention", attention_.get()}, {"mlp", mlp_.get()}}; }
   at::Tensor forward(const at::Tensor& x_sbh, const AttentionInput& input);
+  Footprint footprint(const ActivationShape& shape) const override;
 
  private:
   at::Tensor dropped(const at::Tensor& x) const;
@@ -26,6 +27,7 @@ class TransformerLayer : public Module {
   RandomStream stream_;
   bool recompute_mlp_;
   ParallelStatePtr parallel_;
+  int64_t hidden_size_, sequence_split_;
   std::unique_ptr<SelfAttention> attention_;
   std::unique_ptr<MLP> mlp_;
 };

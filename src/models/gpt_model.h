@@ -27,6 +27,16 @@ class GPTModel : public Module {
   /// See mcore_bridge::forward.
   at::Tensor forward(const ForwardInput& input, bool gather_output = false);
 
+  /// What one micro-batch costs, in the order of forward: the embedding, every unit of layers (a layer, or the layers
+  /// recomputed together), the head with the loss.
+  struct Segment {
+    std::string name;
+    int64_t layers = 0;  ///< decoder layers in it
+    Footprint footprint;
+    int64_t produced = 0;  ///< bytes forward makes for backward, recomputed ones included
+  };
+  std::vector<Segment> segments(const ActivationShape& shape) const;
+
   const ModelConfig& config() const { return config_; }
   const ParallelState& parallel() const { return *parallel_; }
   const ParallelStatePtr& parallel_ptr() const { return parallel_; }

@@ -64,6 +64,13 @@ Group::Group(c10::intrusive_ptr<c10d::ProcessGroup> backend, std::vector<int> ra
             backend_->process_group->getSize(), " ranks, its rank list ", size());
 }
 
+Group Group::planned(std::vector<int> ranks, int rank) {
+  Group group;
+  group.ranks_ = std::move(ranks);
+  group.rank_ = rank;
+  return group;
+}
+
 namespace {
 
 void reduce(c10d::ProcessGroup& group, at::Tensor& tensor, c10d::ReduceOp::RedOpType op) {

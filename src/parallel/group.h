@@ -26,6 +26,8 @@ class Group {
   /// `kind`: under which name its traffic is counted (mcore_bridge/communication.h); "other" without.
   Group(c10::intrusive_ptr<c10d::ProcessGroup> backend, std::vector<int> ranks, int rank,
         std::optional<GroupKind> kind = {});
+  /// A group on paper: it has members, but nothing can be sent.
+  static Group planned(std::vector<int> ranks, int rank);
 
   int size() const { return static_cast<int>(ranks_.size()); }
   int rank() const { return rank_; }                        ///< this process's place in the group

@@ -1,5 +1,7 @@
 #include "parallel/parallel_state.h"
 
+#include <algorithm>
+
 #include "mcore_bridge/error.h"
 
 namespace mcore_bridge {
@@ -41,6 +43,18 @@ ParallelStatePtr ParallelState::create(const Topology& topology, int rank, const
   state->edp = take(GroupKind::kExpertData);
   state->world = take(GroupKind::kWorld);
   return state;
+}
+
+ParallelStatePtr ParallelState::planned(const Topology& topology, int rank) {
+  std::map<GroupKind, Group> groups;
+  for (const auto kind : all_group_kinds()) {
+    auto ranks = topology.group_of(kind, rank);
+    const auto place = std::find(ranks.begin(), ranks.end(), rank);
+    if (place == ranks.end()) continue;
+    const auto index = static_cast<int>(place - ranks.begin());
+    groups.emplace(kind, Group::planned(std::move(ranks), index));
+  }
+  return create(topology, rank, groups);
 }
 
 }  // namespace mcore_bridge

@@ -21,6 +21,9 @@ struct ParallelState {
   static std::shared_ptr<const ParallelState> create(const Topology& topology, int rank,
                                                      const std::map<GroupKind, Group>& groups);
 
+  /// Any rank of any layout on paper, for planning: groups have their members but cannot communicate.
+  static std::shared_ptr<const ParallelState> planned(const Topology& topology, int rank);
+
   /// The group for messages from pipeline rank `from` to `to`: one per direction, so that neither waits for the other.
   const Group& way(int from, int to) const { return from < to ? pp : pp_back; }
   bool is_first_stage() const { return place.pp == 0; }

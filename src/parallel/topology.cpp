@@ -93,63 +93,88 @@ int Topology::rank_of(int tp, int cp, int dp, int pp) const {
   return tp + sizes_.tensor * (cp + sizes_.context * (dp + sizes_.data * pp));
 }
 
-namespace {
-
-/// What ranks of one group have in common: two ranks are together when these agree.
-std::vector<int> group_key(GroupKind kind, const RankCoordinates& at, int last_stage) {
-  switch (kind) {
-    case GroupKind::kTensor:
-      return {at.cp, at.dp, at.pp};
-    case GroupKind::kContext:
-      return {at.tp, at.dp, at.pp};
-    case GroupKind::kData:
-      return {at.tp, at.cp, at.pp};
-    case GroupKind::kDataContext:
-      return {at.tp, at.pp};
-    case GroupKind::kPipeline:
-    case GroupKind::kPipelineBack:
-      return {at.tp, at.cp, at.dp};
-    case GroupKind::kModel:
-      return {at.copy};
-    case GroupKind::kTensorContext:
-      return {at.dp, at.pp};
-    case GroupKind::kEmbedding:
-      return {at.tp, at.cp, at.dp};
-    case GroupKind::kExpert:
-      return {at.etp, at.edp, at.pp};
-    case GroupKind::kExpertTensor:
-      return {at.ep, at.edp, at.pp};
-    case GroupKind::kExpertData:
-      return {at.etp, at.ep, at.pp};
-    case GroupKind::kWorld:
-      return {};
-  }
-  return {last_stage};
-}
-
-}  // namespace
-
 std::vector<std::vector<int>> Topology::groups(GroupKind kind) const {
-  const int last_stage = sizes_.pipeline - 1;
-  std::vector<std::pair<std::vector<int>, std::vector<int>>> found;  // in order of the first member
-  for (int rank = 0; rank < world_size_; ++rank) {
-    const auto place = coordinates(rank);
-    if (kind == GroupKind::kEmbedding && place.pp != 0 && place.pp != last_stage) continue;
-    auto key = group_key(kind, place, last_stage);
-    auto at = std::find_if(found.begin(), found.end(), [&](const auto& entry) { return entry.first == key; });
-    if (at == found.end()) at = found.insert(found.end(), {std::move(key), {}});
-    at->second.push_back(rank);
-  }
   std::vector<std::vector<int>> result;
-  for (auto& entry : found) result.push_back(std::move(entry.second));
+  std::vector<bool> placed(static_cast<size_t>(world_size_), false);
+  for (int rank = 0; rank < world_size_; ++rank) {
+    if (placed[rank]) continue;
+    auto group = group_of(kind, rank);
+    for (const int member : group) placed[member] = true;
+    if (!group.empty()) result.push_back(std::move(group));
+  }
   return result;
 }
 
 std::vector<int> Topology::group_of(GroupKind kind, int rank) const {
-  for (auto& group : groups(kind)) {
-    if (std::find(group.begin(), group.end(), rank) != group.end()) return group;
+  const auto& s = sizes_;
+  const auto at = coordinates(rank);
+  const int stage_ranks = s.tensor * s.context * s.data;
+  std::vector<int> result;
+  // Members differ in the coordinates that vary, in the order of ranks.
+  auto dense = [&](bool tp, bool cp, bool dp, bool pp) {
+    for (int p = pp ? 0 : at.pp; p <= (pp ? s.pipeline - 1 : at.pp); ++p) {
+      for (int d = dp ? 0 : at.dp; d <= (dp ? s.data - 1 : at.dp); ++d) {
+        for (int c = cp ? 0 : at.cp; c <= (cp ? s.context - 1 : at.cp); ++c) {
+          for (int t = tp ? 0 : at.tp; t <= (tp ? s.tensor - 1 : at.tp); ++t) result.push_back(rank_of(t, c, d, p));
+        }
+      }
+    }
+  };
+  auto expert = [&](bool etp, bool ep, bool edp) {
+    const int replicas = stage_ranks / (s.expert_tensor * s.expert);
+    for (int d = edp ? 0 : at.edp; d <= (edp ? replicas - 1 : at.edp); ++d) {
+      for (int e = ep ? 0 : at.ep; e <= (ep ? s.expert - 1 : at.ep); ++e) {
+        for (int t = etp ? 0 : at.etp; t <= (etp ? s.expert_tensor - 1 : at.etp); ++t)
+          result.push_back(at.pp * stage_ranks + t + s.expert_tensor * (e + s.expert * d));
+      }
+    }
+  };
+  switch (kind) {
+    case GroupKind::kTensor:
+      dense(true, false, false, false);
+      break;
+    case GroupKind::kContext:
+      dense(false, true, false, false);
+      break;
+    case GroupKind::kData:
+      dense(false, false, true, false);
+      break;
+    case GroupKind::kDataContext:
+      dense(false, true, true, false);
+      break;
+    case GroupKind::kPipeline:
+    case GroupKind::kPipelineBack:
+      dense(false, false, false, true);
+      break;
+    case GroupKind::kModel: {
+      const int width = std::lcm(s.tensor, s.expert_tensor * s.expert);  // of a copy on one stage
+      for (int p = 0; p < s.pipeline; ++p) {
+        for (int i = 0; i < width; ++i) result.push_back(p * stage_ranks + at.copy * width + i);
+      }
+      break;
+    }
+    case GroupKind::kTensorContext:
+      dense(true, true, false, false);
+      break;
+    case GroupKind::kEmbedding:
+      if (at.pp != 0 && at.pp != s.pipeline - 1) break;
+      result.push_back(rank_of(at.tp, at.cp, at.dp, 0));
+      if (s.pipeline > 1) result.push_back(rank_of(at.tp, at.cp, at.dp, s.pipeline - 1));
+      break;
+    case GroupKind::kExpert:
+      expert(false, true, false);
+      break;
+    case GroupKind::kExpertTensor:
+      expert(true, false, false);
+      break;
+    case GroupKind::kExpertData:
+      expert(false, false, true);
+      break;
+    case GroupKind::kWorld:
+      dense(true, true, true, true);
+      break;
   }
-  return {};
+  return result;
 }
 
 }  // namespace mcore_bridge

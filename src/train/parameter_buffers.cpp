@@ -37,6 +37,34 @@ class ParameterBuffers::Hook : public torch::autograd::PostAccumulateGradHook {
   size_t bucket_, entry_;
 };
 
+std::vector<BucketLayout> bucket_layouts(const std::vector<ManagedParameter>& parameters, const ParallelState& parallel,
+                                         const BufferOptions& options) {
+  // One reduction serves parameters of one group and dtype; the tied embedding has the same place on both its stages
+  // only when it is alone; units that come and go have buckets of their own.
+  using Key = std::tuple<bool, bool, at::ScalarType, bool, int, bool, int, int>;
+  std::map<Key, int> keys;
+  std::vector<LayoutItem> items;
+  const bool by_unit = options.sharding >= Sharding::kGradients;
+  for (const auto& parameter : parameters) {
+    const bool whole = parameter.trainable && options.sharding == Sharding::kOptimizer && options.whole(parameter);
+    const Key key{parameter.trainable,
+                  parameter.traits.expert,
+                  parameter.tensor.scalar_type(),
+                  whole,
+                  parameter.traits.tied_embedding ? parameter.chunk + 1 : 0,
+                  by_unit,
+                  by_unit ? parameter.chunk : 0,
+                  by_unit ? parameter.unit : 0};
+    const auto& group = parameter.traits.expert ? parallel.edp : parallel.dp_cp;
+    items.push_back({.elements = parameter.tensor.numel(),
+                     .shards = options.sharding == Sharding::kNone ? 1 : group.size(),
+                     .key = keys.try_emplace(key, static_cast<int>(keys.size())).first->second,
+                     .order = parameter.trainable ? options.class_of(parameter) : 0,
+                     .whole = whole});
+  }
+  return layout_buckets(items, by_unit ? std::numeric_limits<int64_t>::max() : options.bucket_elements);
+}
+
 ParameterBuffers::ParameterBuffers(std::vector<ManagedParameter> parameters, ParallelStatePtr parallel,
                                    BufferOptions options)
     : parallel_(std::move(parallel)), options_(std::move(options)) {
@@ -47,34 +75,9 @@ ParameterBuffers::ParameterBuffers(std::vector<ManagedParameter> parameters, Par
     if (all || parameter.trainable) parameters_.push_back(std::move(parameter));
   }
   MCB_CHECK(trains || parallel_->topology.sizes().pipeline > 1, "Trainer: no parameter requires gradients");
-
-  // One reduction serves parameters of one group and dtype; the tied embedding has the same place on both its stages
-  // only when it is alone; units that come and go have buckets of their own.
-  using Key = std::tuple<bool, bool, at::ScalarType, bool, int, bool, int, int>;
-  std::map<Key, int> keys;
-  std::vector<LayoutItem> items;
   std::vector<const ManagedParameter*> pointers;
-  const bool by_unit = options_.sharding >= Sharding::kGradients;
-  for (const auto& parameter : parameters_) {
-    const bool whole = parameter.trainable && options_.sharding == Sharding::kOptimizer && options_.whole(parameter);
-    const Key key{parameter.trainable,
-                  parameter.traits.expert,
-                  parameter.tensor.scalar_type(),
-                  whole,
-                  parameter.traits.tied_embedding ? parameter.chunk + 1 : 0,
-                  by_unit,
-                  by_unit ? parameter.chunk : 0,
-                  by_unit ? parameter.unit : 0};
-    const auto& group = parameter.traits.expert ? parallel_->edp : parallel_->dp_cp;
-    items.push_back({.elements = parameter.tensor.numel(),
-                     .shards = options_.sharding == Sharding::kNone ? 1 : group.size(),
-                     .key = keys.try_emplace(key, static_cast<int>(keys.size())).first->second,
-                     .order = parameter.trainable ? options_.class_of(parameter) : 0,
-                     .whole = whole});
-    pointers.push_back(&parameter);
-  }
-  const auto limit = by_unit ? std::numeric_limits<int64_t>::max() : options_.bucket_elements;
-  for (const auto& layout : layout_buckets(items, limit)) {
+  for (const auto& parameter : parameters_) pointers.push_back(&parameter);
+  for (const auto& layout : bucket_layouts(parameters_, *parallel_, options_)) {
     const auto& group = pointers[layout.slots[0].item]->traits.expert ? parallel_->edp : parallel_->dp_cp;
     buckets_.push_back(std::make_unique<Bucket>(layout, pointers, group, options_.sharding, options_.grad_dtype));
     arrived_.emplace_back(buckets_.back()->entries().size());

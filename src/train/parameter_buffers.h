@@ -24,6 +24,11 @@ struct BufferOptions {
   std::function<bool(const ManagedParameter&)> whole = [](const ManagedParameter&) { return false; };
 };
 
+/// The buckets of `parameters` (an item each, in their order), which hold those that train, with kParameters the frozen
+/// ones too. Arithmetic only: nothing is allocated, groups need not communicate.
+std::vector<BucketLayout> bucket_layouts(const std::vector<ManagedParameter>& parameters, const ParallelState& parallel,
+                                         const BufferOptions& options);
+
 class ParameterBuffers {
  public:
   /// Takes the parameters that require gradients, with kParameters the frozen ones too. Collective with kParameters.

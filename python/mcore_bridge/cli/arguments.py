@@ -226,6 +226,33 @@ class TrainArguments(ModelArguments):
 
 
 @dataclass
+class PlanArguments(TrainArguments):
+    """Every training flag has its meaning; sizes that are not given are searched."""
+
+    tensor_model_parallel_size: Optional[int] = flag(None, "processes a matrix is split over; default: searched", "Parallelism")
+    pipeline_model_parallel_size: Optional[int] = flag(None, "processes the layers are split over; default: searched")
+    context_parallel_size: Optional[int] = flag(None, "processes a sequence is split over; default: searched")
+    expert_model_parallel_size: Optional[int] = flag(None, "processes the experts are split over; default: searched")
+    sequence_parallel: Optional[bool] = flag(None, "split activations along the sequence; default: with tensor parallelism")
+    micro_batch_size: Optional[int] = flag(None, "rows per forward and data-parallel rank; default: searched")
+    recompute_granularity: Optional[str] = flag(None, "what backward computes again; default: searched", choices=["none", "full"])
+
+    gpus: Optional[int] = flag(None, "GPUs (processes) there are", "Plan")
+    gpu_memory: Optional[str] = flag(None, "memory of one, e.g. 80GiB; default: the hardware's")
+    hardware: str = flag("h100", "row of the hardware table (h100, h200, h800, h20, b200, a100, a800, a100-40g, l40s)")
+    peak_tflops: Optional[float] = flag(None, "dense bfloat16 TFLOP/s instead of the table's")
+    memory_bandwidth: Optional[float] = flag(None, "GB/s of the GPU's memory instead of the table's")
+    link_bandwidth: Optional[float] = flag(None, "GB/s to a GPU of the same node, one direction")
+    network_bandwidth: Optional[float] = flag(None, "GB/s to a GPU of another node, one direction")
+    gpus_per_node: Optional[int] = flag(None, "GPUs of one node (default: 8)")
+    matmul_efficiency: Optional[float] = flag(None, "share of the peak that matrix products reach (default: 0.7)")
+    documents_per_row: int = flag(1, "documents of a packed row, which attention keeps apart")
+    top: int = flag(5, "layouts to show")
+    explain: bool = flag(False, "print the formulae of the best layout with its numbers")
+    json: bool = flag(False, "print JSON")
+
+
+@dataclass
 class ExportArguments(ModelArguments):
     merge_lora: bool = flag(False, "write W + scaling * B A", "Export")
     dequantize: bool = flag(False, "write FP8 and MXFP4 weights as plain ones (in torch_dtype, default bfloat16)")

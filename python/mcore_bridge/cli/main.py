@@ -10,12 +10,13 @@ COMMANDS = {
     "export": ("export", "merge, cast, re-shard, (de)quantise a checkpoint; to and from Megatron's"),
     "verify": ("verify", "compare the engine's logits with Transformers'"),
     "diff": ("diff", "compare two checkpoints tensor by tensor"),
+    "plan": ("plan", "memory, communication and time of a run, and its best layouts, from config.json alone"),
     "inspect": ("inspect", "show the layout of a checkpoint without loading it"),
     "schedule": ("schedule", "show a pipeline schedule, its bubble and its peak activations"),
 }
 
 # Commands of one process: threads do their work, and no model is split.
-ALONE = ("export", "diff", "inspect", "schedule")
+ALONE = ("export", "diff", "plan", "inspect", "schedule")
 
 
 def usage():

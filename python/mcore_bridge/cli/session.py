@@ -40,51 +40,71 @@ def model_folder(arguments):
 
 
 def default_dtype(folder):
-    """The dtype config.json names; float32 when it names none or none we train in."""
-    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+    """The dtype config.json (of a folder, or itself) names; float32 when it names none or none we train in."""
+    with open(os.path.join(folder, "config.json") if os.path.isdir(folder) else folder, encoding="utf-8") as file:
         config = json.load(file)
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     return name if name in ("float32", "bfloat16", "float16") else "float32"
 
 
-def build_config(arguments, folder, **more):
-    """initialize_model_parallel and the ModelConfig of this run."""
-    import mcore_bridge as mb
+SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+)
 
-    sizes = dict(
-        tensor_model_parallel_size=arguments.tensor_model_parallel_size,
-        pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=arguments.virtual_pipeline_model_parallel_size,
-        context_parallel_size=arguments.context_parallel_size,
-        expert_model_parallel_size=arguments.expert_model_parallel_size,
-    )
-    fields = mb.hf_to_mcore_config(folder)
+# Fields of flags that only training and planning have.
+RUN_FIELDS = (
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+    "recompute_modules",
+    "cpu_offloading",
+    "cpu_offloading_num_layers",
+    "deterministic_mode",
+)
+
+
+def config_fields_of(arguments, fields, folder, **more):
+    """ModelConfig fields of this run but the parallel sizes: what config.json says (`fields`), then the flags. `more` and
+    megatron_extra_kwargs have the last word."""
     if arguments.rope_scaling:
         fields["rope_scaling"] = arguments.rope_scaling
-    config = mb.ModelConfig(
-        **{
-            **fields,
-            **sizes,
-            "params_dtype": arguments.torch_dtype or default_dtype(folder),
-            "sequence_parallel": arguments.sequence_parallel,
-            "cp_comm_type": arguments.cp_comm_type,
-            "tp_comm_overlap": arguments.tp_comm_overlap,
-            "num_layers_in_first_pipeline_stage": arguments.decoder_first_pipeline_num_layers,
-            "num_layers_in_last_pipeline_stage": arguments.decoder_last_pipeline_num_layers,
-            "account_for_embedding_in_pipeline_split": arguments.account_for_embedding_in_pipeline_split,
-            "account_for_loss_in_pipeline_split": arguments.account_for_loss_in_pipeline_split,
-            "num_layers_per_virtual_pipeline_stage": arguments.num_layers_per_virtual_pipeline_stage,
-            "microbatch_group_size_per_vp_stage": arguments.microbatch_group_size_per_vp_stage,
-            "pipeline_model_parallel_layout": arguments.pipeline_model_parallel_layout,
-            "pipeline_schedule": arguments.pipeline_schedule,
-            **more,
-            **arguments.megatron_extra_kwargs,
-        }
+    flags = dict(
+        params_dtype=arguments.torch_dtype or default_dtype(folder),
+        sequence_parallel=arguments.sequence_parallel,
+        cp_comm_type=arguments.cp_comm_type,
+        tp_comm_overlap=arguments.tp_comm_overlap,
+        num_layers_in_first_pipeline_stage=arguments.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=arguments.decoder_last_pipeline_num_layers,
+        account_for_embedding_in_pipeline_split=arguments.account_for_embedding_in_pipeline_split,
+        account_for_loss_in_pipeline_split=arguments.account_for_loss_in_pipeline_split,
+        num_layers_per_virtual_pipeline_stage=arguments.num_layers_per_virtual_pipeline_stage,
+        microbatch_group_size_per_vp_stage=arguments.microbatch_group_size_per_vp_stage,
+        pipeline_model_parallel_layout=arguments.pipeline_model_parallel_layout,
+        pipeline_schedule=arguments.pipeline_schedule,
     )
+    for name in RUN_FIELDS:
+        if hasattr(arguments, name):
+            flags[name] = getattr(arguments, name)
+    return {**fields, **flags, **more, **arguments.megatron_extra_kwargs}
+
+
+def build_config(arguments, folder):
+    """initialize_model_parallel and the ModelConfig of this run. A layout that cannot work is refused here, before anything is
+    read or built, with the nearest one that can."""
+    import mcore_bridge as mb
+
+    sizes = {name: getattr(arguments, name) for name in SIZES}
+    fields = config_fields_of(arguments, {**mb.hf_to_mcore_config(folder), **sizes}, folder)
+    run = {name: getattr(arguments, name) for name in ("micro_batch_size", "global_batch_size") if hasattr(arguments, name)}
+    # Before the processes are looked at: errors about the model, not the machine.
+    mb.check_layout(fields, processes=mb.utils.get_dist_setting()[2], **run)
+    config = mb.ModelConfig(**fields)
     sizes["virtual_pipeline_model_parallel_size"] = config.virtual_pipeline_model_parallel_size  # a layout decides it, too
-    timeout = getattr(arguments, "distributed_timeout_minutes", 30)
-    # After the config: its errors are about the model, not the machine.
-    mb.initialize_model_parallel(**sizes, distributed_timeout_minutes=timeout)
+    mb.initialize_model_parallel(**sizes, distributed_timeout_minutes=getattr(arguments, "distributed_timeout_minutes", 30))
     return config
 
 
@@ -95,8 +115,8 @@ def sequence_multiples(config, state):
     return document * (state.tp_size if config.sequence_parallel else 1), document
 
 
-def load_adapter(models, config, folder):
-    """Adds the adapter of a PEFT folder and loads its weights; returns its options."""
+def adapter_options(folder):
+    """LoraOptions of a PEFT folder's adapter_config.json."""
     import mcore_bridge as mb
 
     path = Path(folder) / "adapter_config.json"
@@ -110,7 +130,7 @@ def load_adapter(models, config, folder):
     if peft.get("bias", "none") != "none" or peft.get("layers_to_transform"):
         raise ValueError(f"--adapters {folder}: bias and layers_to_transform are not supported by this version")
     targets = peft["target_modules"]
-    options = mb.LoraOptions(
+    return mb.LoraOptions(
         r=peft["r"],
         lora_alpha=peft["lora_alpha"],
         lora_dropout=peft.get("lora_dropout", 0.0),
@@ -119,6 +139,13 @@ def load_adapter(models, config, folder):
         target_regex=targets if isinstance(targets, str) and targets != "all-linear" else None,
         modules_to_save=peft.get("modules_to_save") or [],
     )
+
+
+def load_adapter(models, config, folder):
+    """Adds the adapter of a PEFT folder and loads its weights; returns its options."""
+    import mcore_bridge as mb
+
+    options = adapter_options(folder)
     mb.add_lora(models, options)
     config.bridge.load_weights(models, folder, peft_format=True)
     return options

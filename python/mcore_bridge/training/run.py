@@ -21,21 +21,13 @@ class Run:
     def __init__(self, arguments, folder):
         import mcore_bridge as mb
 
+        from ..cli.estimate import check_memory
         from ..cli.session import build_config
 
         self.arguments, self.folder = arguments, folder
-        self.config = build_config(
-            arguments,
-            folder,
-            recompute_granularity=arguments.recompute_granularity,
-            recompute_method=arguments.recompute_method,
-            recompute_num_layers=arguments.recompute_num_layers,
-            recompute_modules=arguments.recompute_modules,
-            cpu_offloading=arguments.cpu_offloading,
-            cpu_offloading_num_layers=arguments.cpu_offloading_num_layers,
-            deterministic_mode=arguments.deterministic_mode,
-        )
+        self.config = build_config(arguments, folder)
         self.parallel = mb.get_parallel_state()
+        check_memory(arguments, self.config, self.parallel.world_size)
         self.control = Control()
         self.lora = arguments.tuner_type == "lora"
         self._find_checkpoint()

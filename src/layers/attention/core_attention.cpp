@@ -124,4 +124,62 @@ at::Tensor context_attention(const at::Tensor& q, const at::Tensor& k, const at:
   return {};
 }
 
+Footprint core_attention_footprint(const HeadLayout& heads, const CoreAttentionInputs& inputs,
+                                   const CoreAttentionOptions& options, const ActivationShape& shape) {
+  const auto tokens = shape.tokens(), q = tokens * heads.heads * heads.head_dim * shape.element,
+             kv = tokens * heads.groups * heads.head_dim * shape.element;
+  // Two products of [queries, keys attended], twice as many in backward (not counting the scores it makes again).
+  const auto keys = shape.attended(options.window_left < 0 ? -1 : options.window_left + 1);
+  const auto flops = 2.0 * static_cast<double>(tokens) * keys * static_cast<double>(heads.heads * heads.head_dim);
+  Footprint result{.forward_flops = 2 * flops, .output_grad = shape.input_grad};
+  if (!shape.input_grad) return result;
+  result.backward_flops = 4 * flops;
+  result.saved = q + tokens * heads.heads * 4;  // output, fp32 log-sum-exp
+  if (!inputs.q_kept) result.saved += q;
+  if (!inputs.k_kept) result.saved += kv;
+  if (!inputs.v_kept) result.saved += kv;
+  if (!shape.fused && shape.documents > 1) result.saved += q;  // documents one by one, then joined
+  result.workspace = 2 * q + 2 * kv;                           // gradients of output, q, k and v
+  return result;
+}
+
+Footprint context_attention_footprint(const HeadLayout& heads, const CoreAttentionInputs& inputs,
+                                      const CoreAttentionOptions& options, Transport transport,
+                                      const ActivationShape& shape) {
+  const auto cp = shape.context, e = shape.element;
+  const auto tokens = shape.tokens(), q = tokens * heads.heads * heads.head_dim,
+             kv = tokens * heads.groups * heads.head_dim;
+  constexpr int64_t kSum = 4;  // bytes of what is added up
+  auto whole = shape;
+  if (transport != Transport::kAllToAll) whole.documents = 1;  // tiles keep documents apart in one result
+  auto result = core_attention_footprint(heads, inputs, options, whole);
+  switch (transport) {
+    case Transport::kRing:
+      result.context_forward = Traffic::exchange(2 * kv * e) * (cp - 1);
+      result.context_backward = result.context_forward;
+      result.context_backward += Traffic::exchange(2 * kv * kSum) * cp;
+      // Keys and values here, leaving and coming; their gradients likewise; the queries'.
+      result.workspace = 3 * 2 * kv * e + 4 * 2 * kv * kSum + q * kSum + q * e;
+      break;
+    case Transport::kAllGather:
+      result.context_forward = Traffic::all_gather(2 * cp * kv * e, cp);
+      result.context_backward = result.context_forward;
+      result.context_backward += Traffic::reduce_scatter(2 * cp * kv * kSum, cp);
+      result.workspace = 2 * 2 * cp * kv * e + 2 * 2 * cp * kv * kSum + q * kSum + q * e;
+      break;
+    case Transport::kAllToAll:
+      result.context_forward = Traffic::all_to_all((q + 2 * kv) * e, cp);
+      result.context_forward += Traffic::all_to_all(q * e, cp);
+      result.context_backward = result.context_forward;
+      if (shape.input_grad) {
+        // Views of one exchanged tensor, the output, and the same back in this rank's part of the sequence.
+        result.saved = (q + 2 * kv) * e + 2 * q * e + tokens * heads.heads * 4;
+        result.workspace = 3 * (q + 2 * kv) * e;
+      }
+      break;
+  }
+  if (!shape.input_grad) result.context_backward = {};
+  return result;
+}
+
 }  // namespace mcore_bridge

@@ -8,8 +8,10 @@
 #include <optional>
 
 #include "layers/attention/context_plan.h"
+#include "layers/footprint.h"
 #include "layers/rope.h"
 #include "mcore_bridge/model.h"
+#include "plan/weight_rule.h"
 
 namespace mcore_bridge {
 
@@ -37,6 +39,16 @@ at::Tensor core_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
 /// the sliding window of options.window_left.
 at::Tensor context_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionInput& input,
                              bool window, const CoreAttentionOptions& options, bool training);
+/// Of core_attention with these local heads, its three inputs included unless they are kept.
+struct CoreAttentionInputs {
+  bool q_kept = false, k_kept = false, v_kept = false;
+};
+Footprint core_attention_footprint(const HeadLayout& heads, const CoreAttentionInputs& inputs,
+                                   const CoreAttentionOptions& options, const ActivationShape& shape);
+/// Of context_attention, what it passes on to the linear layer behind included.
+Footprint context_attention_footprint(const HeadLayout& heads, const CoreAttentionInputs& inputs,
+                                      const CoreAttentionOptions& options, Transport transport,
+                                      const ActivationShape& shape);
 
 /// The mask of a causal (window_left >= 0: windowed) attention as bool [s, s].
 at::Tensor causal_mask(int64_t length, int64_t window_left, c10::Device device);

@@ -16,6 +16,7 @@ SelfAttention::SelfAttention(const ModelConfig& config, ParallelStatePtr paralle
                              int64_t layer) {
   const auto tp = parallel->tp.size();
   parallel_ = parallel;
+  transport_ = parse_transport(config.cp_comm_type);
   recompute_core_ = config.recomputes("core_attn");
   const HeadLayout heads{config.num_attention_heads, config.query_groups(), config.head_dim()};
   local_ = {heads.heads / tp, std::max<int64_t>(1, heads.groups / tp), heads.head_dim};
@@ -97,6 +98,28 @@ LinearOutput SelfAttention::forward(const at::Tensor& x_sbh, const AttentionInpu
   const auto [q, k, v] = split_qkv(mixed, split);
   for (const auto& kept : {mixed, q, k, v}) ActivationOffload::keep(kept);
   return {proj_->forward(attend(q, k, v, input)), x};
+}
+
+Footprint SelfAttention::footprint(const ActivationShape& shape) const {
+  auto result = qkv_->footprint(shape);
+  const auto fused = shape.tokens() * (local_.heads + 2 * local_.groups) * local_.head_dim * shape.element;
+  auto inner = shape;
+  inner.input_kept = false;
+  inner.input_grad = result.output_grad;
+  // The norms' backward reads the fused projection, and v stays a view of it; else all three are copied out of it.
+  const bool norm = q_norm_ != nullptr;
+  // On the CPU heads that neither turn nor are normalised are views as well, where their strides allow it.
+  const bool views = !shape.fused && !rope_ && !norm;
+  const CoreAttentionInputs kept{
+      .q_kept = views && (local_.groups == 1 || local_.groups == local_.heads), .k_kept = views, .v_kept = norm};
+  if (inner.input_grad && (norm || views)) result.saved += fused;
+  auto core = shape.context > 1 ? context_attention_footprint(local_, kept, core_, transport_, inner)
+                                : core_attention_footprint(local_, kept, core_, inner);
+  core.workspace = std::max(core.workspace, 2 * fused);
+  result += core;
+  inner.input_kept = true;
+  result += proj_->footprint(inner);
+  return result;
 }
 
 }  // namespace mcore_bridge

@@ -17,6 +17,7 @@ class SelfAttention : public Module {
   std::vector<Child> children() const override;
   /// The block's output for norm(x), and x itself: see LinearOutput.
   LinearOutput forward(const at::Tensor& x_sbh, const AttentionInput& input);
+  Footprint footprint(const ActivationShape& shape) const override;
 
  private:
   at::Tensor core(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionInput& input) const;
@@ -27,6 +28,7 @@ class SelfAttention : public Module {
   HeadLayout local_;  ///< this rank's heads
   bool rope_, interleaved_, window_, recompute_core_;
   CoreAttentionOptions core_;
+  Transport transport_;
   std::unique_ptr<ParallelLinear> qkv_, proj_;
   std::unique_ptr<Norm> q_norm_, k_norm_;
 };

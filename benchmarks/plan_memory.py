@@ -1,0 +1,281 @@
+"""The planner's memory beside what training allocates: `python benchmarks/plan_memory.py`, or under torchrun for more ranks.
+
+On the CPU an allocator counts what tensors take; on a GPU torch.cuda's counters do. Weights, gradients and optimizer states must
+agree exactly; activations and temporaries ("step") within 10%. `--cases NAME ...` picks cases, `--scale N` widens the model,
+`--json FILE` writes the numbers."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import mcore_bridge as mb
+import torch
+from mcore_bridge.engine import _core
+
+MODEL = dict(
+    num_layers=8,
+    hidden_size=256,
+    ffn_hidden_size=704,
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=32,
+    padded_vocab_size=4000,
+    hf_model_type="llama",
+)
+LORA = dict(r=8, lora_dropout=0.05)
+BF16 = dict(params_dtype="bfloat16")
+TIED = dict(untie_embeddings_and_output_weights=False)
+TP = dict(tensor_model_parallel_size=2)
+SP = dict(TP, sequence_parallel=True)
+PP = dict(pipeline_model_parallel_size=2)
+CP = dict(context_parallel_size=2)
+FULL = dict(recompute_granularity="full")
+
+
+def case(processes=1, fields=None, *, lora=None, rows=2, length=256, micro_batches=2, documents=1, **optimizer):
+    """`documents` of equal length make a packed row; `optimizer`: Trainer options."""
+    return dict(
+        processes=processes, fields=fields or {}, lora=lora, rows=rows, length=length, micro_batches=micro_batches,
+        documents=documents, optimizer=optimizer,
+    )  # fmt: skip
+
+
+CASES = {
+    "full": case(),
+    "full_bf16": case(1, BF16),
+    "full_tied": case(1, {**TIED, **BF16}),
+    "full_long": case(1, dict(padded_vocab_size=500), rows=1, length=1024, micro_batches=1),
+    "packed": case(rows=1, length=512, documents=4),
+    "full_recompute": case(1, FULL),
+    "full_recompute_units": case(1, dict(FULL, recompute_num_layers=4)),
+    "selective_mlp": case(1, dict(BF16, recompute_granularity="selective", recompute_modules=["mlp"])),
+    "qk_norm": case(1, dict(BF16, qk_layernorm=True)),
+    "lora": case(lora=LORA),
+    "lora_bf16": case(1, BF16, lora=LORA),
+    "lora_long": case(1, dict(padded_vocab_size=500), lora=LORA, rows=1, length=1024, micro_batches=1),
+    "lora_recompute": case(1, {**FULL, **BF16}, lora=LORA),
+    "tp2": case(2, TP),
+    "tp2_bf16": case(2, {**TP, **BF16}),
+    "tp2_lora": case(2, TP, lora=LORA),
+    "tp2_qk_norm": case(2, dict(TP, qk_layernorm=True)),
+    "tp2_recompute": case(2, {**TP, **FULL}),
+    "tp2_sp": case(2, SP),
+    "tp2_sp_bf16": case(2, {**SP, **BF16}),
+    "tp2_sp_lora": case(2, SP, lora=LORA),
+    "tp2_sp_overlap": case(2, dict(SP, tp_comm_overlap=True)),
+    "tp2_sp_recompute": case(2, {**SP, **FULL}),
+    "tp2_sp_selective_mlp": case(2, dict(SP, recompute_granularity="selective", recompute_modules=["mlp"])),
+    "cp2": case(2, CP),
+    "cp2_packed": case(2, dict(CP, **BF16), rows=1, length=512, documents=4),
+    "cp2_gather": case(2, dict(CP, cp_comm_type="all_gather")),
+    "cp2_a2a": case(2, dict(CP, cp_comm_type="a2a")),
+    "cp2_a2a_packed": case(2, dict(CP, cp_comm_type="a2a", qk_layernorm=True), rows=1, length=512, documents=4),
+    "cp2_recompute": case(2, {**CP, **FULL}),
+    "cp2_lora": case(2, CP, lora=LORA),
+    "pp2": case(2, PP, micro_batches=4),
+    "pp2_bf16": case(2, {**PP, **BF16}, micro_batches=4),
+    "pp2_tied": case(2, {**PP, **TIED}, micro_batches=4),
+    "pp2_recompute": case(2, {**PP, **FULL}, micro_batches=4),
+    "pp2_vpp2": case(2, dict(PP, virtual_pipeline_model_parallel_size=2), micro_batches=4),
+    "pp2_layout": case(2, dict(PP, pipeline_model_parallel_layout="Et*3|t*2|t|t*2L"), micro_batches=4),
+    "pp2_zb": case(2, dict(PP, pipeline_schedule="zb-h1"), micro_batches=4),
+    "dp2": case(2),
+    "dp2_overlap": case(2, overlap_grad_reduce=True, overlap_param_gather=True),
+    "dp2_unsharded": case(2, BF16, use_distributed_optimizer=False),
+    "dp2_grads": case(2, BF16, data_parallel_sharding_strategy="optim_grads"),
+    "dp2_sharded": case(2, BF16, data_parallel_sharding_strategy="optim_grads_params"),
+    "tp2_pp2": case(4, {**SP, **PP}, micro_batches=4),
+    "cp2_pp2": case(4, {**CP, **PP}, micro_batches=4),
+    "tp2_cp2": case(4, {**SP, **CP}),
+    "tp2_dp2_sharded": case(4, {**TP, **BF16}, data_parallel_sharding_strategy="optim_grads_params"),
+    "cp2_dp2": case(4, CP),
+}
+PARALLEL = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+
+
+class Meter:
+    """Bytes allocated inside a with block: `before` and `now`, at its beginning and its end, and `peak`, at its highest."""
+
+    def __init__(self):
+        self.cuda = torch.cuda.is_available()
+        if not self.cuda:
+            _core.count_cpu_memory()
+
+    def read(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+            return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        return _core.cpu_memory()
+
+    def __enter__(self):
+        (torch.cuda.reset_peak_memory_stats if self.cuda else _core.reset_peak_cpu_memory)()
+        self.before, _ = self.read()
+        return self
+
+    def __exit__(self, *error):
+        self.now, self.peak = self.read()
+
+
+def batches(values):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    shape = (values["micro_batches"], 2, values["rows"], values["length"])
+    tokens = torch.randint(0, 500, shape, generator=generator).to(device)
+    result = [dict(input_ids=ids.clone(), labels=labels.clone()) for ids, labels in tokens]
+    if values["documents"] > 1:
+        ends = torch.arange(0, values["length"] + 1, values["length"] // values["documents"], dtype=torch.int32, device=device)
+        for batch in result:
+            batch["packed_seq_params"] = mb.PackedSeqParams(ends)
+    return result
+
+
+def kept_bytes(model, batch):
+    """Bytes of all storages that autograd keeps for one micro-batch of this rank's share, parameters excluded."""
+    from torch.autograd.graph import saved_tensors_hooks
+
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # held: an address is not used twice
+        return tensor
+
+    if mb.get_parallel_state().cp_size > 1:
+        packed = batch.get("packed_seq_params")
+        ends = packed.cu_seqlens if packed else None
+        batch = {**batch, **{name: mb.split_cp_inputs(batch[name], ends, 1) for name in ("input_ids", "labels")}}
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**batch)
+    total = sum(size for size, _ in storages.values())
+    loss.sum().backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    return total
+
+
+def measure(values, scale=1):
+    """One rank's numbers of one case: the plan's stage, the bytes of the states and of a step, the communication of a step; and
+    where there is one stage what autograd keeps of a micro-batch."""
+    fields = {**MODEL, **values["fields"]}
+    for name in ("hidden_size", "ffn_hidden_size", "kv_channels"):
+        fields[name] *= scale
+    mb.initialize_model_parallel(**{name: fields[name] for name in PARALLEL if name in fields})
+    state = mb.get_parallel_state()
+    config = mb.ModelConfig(**fields)
+    options = mb.LoraOptions(**values["lora"]) if values["lora"] else None
+    rows, length, documents = (values[name] for name in ("rows", "length", "documents"))
+    plan = mb.plan_layout(
+        config,
+        lora=options,
+        processes=values["processes"],
+        micro_batch_size=rows,
+        global_batch_size=rows * values["micro_batches"] * state.dp_size,
+        sequence_length=length,
+        documents=documents,
+        optimizer=values["optimizer"],
+        gpu_kernels=torch.cuda.is_available(),
+        reserve=0,
+        margin=0,
+    )
+    estimate = plan["stages"][state.pp_rank]
+    memory = estimate["memory"]
+    result = dict(
+        rank=state.rank,
+        first=state.dp_rank == 0 and state.cp_rank == 0,
+        planned_states=memory["weights"] + memory["gradients"] + memory["optimizer"],
+        planned_step=memory["activations"] + memory["workspace"] + memory["communication"],
+        activations=memory["activations"],
+        planned_communication=estimate["communication"],
+    )
+    data = batches(values)
+    with Meter() as states:
+        models = mb.get_mcore_model(config)
+        config.bridge.initialize(models, seed=1)
+        if options:
+            mb.add_lora(models, options)
+        trainer = mb.Trainer(models, lr=1e-3, train_iters=4, **values["optimizer"])
+    trainer.train_step(data)
+    mb.reset_communication_volume()
+    with Meter() as step:
+        trainer.train_step(data)
+    result.update(states=states.now - states.before, step=step.peak - states.now, communication=mb.communication_volume())
+    del trainer
+    sharded = values["optimizer"].get("data_parallel_sharding_strategy") == "optim_grads_params"
+    if state.pp_size == 1 and not sharded and not torch.cuda.is_available():
+        for model in models:
+            model.train()
+        segments = _core.segments(models[0].engine, rows, length // state.cp_size, documents=documents, training_loss=False)
+        result.update(planned_kept=sum(segment["saved"] for segment in segments), segments=segments)
+        if fields.get("recompute_granularity") == "full":  # cos and sin, which layers run again hold without autograd's knowledge
+            result["planned_kept"] -= (
+                rows * (length // state.cp_size) * fields["kv_channels"] * (2 if fields.get("params_dtype") else 4)
+            )
+        result["kept"] = kept_bytes(models[0], data[0])
+    del models
+    mb.destroy_model_parallel()
+    return result
+
+
+def counted(traffic):
+    """{group: {operation: (calls, bytes)}} of a communication volume."""
+    return {
+        group: {operation: (line["calls"], line["bytes"]) for operation, line in operations.items()}
+        for group, operations in traffic.items()
+    }
+
+
+def run(names, scale=1):
+    """{case: [numbers of every rank]} of the cases for as many processes as there are."""
+    import torch.distributed as dist
+
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    results = {}
+    for name in names:
+        if CASES[name]["processes"] != processes:
+            continue
+        found = measure(CASES[name], scale)
+        every = [None] * processes
+        if processes > 1:
+            dist.all_gather_object(every, found)
+        results[name] = every if processes > 1 else [found]
+    return results
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("--scale", type=int, default=1)
+    parser.add_argument("--json")
+    arguments = parser.parse_args()
+    import torch.distributed as dist
+
+    if "RANK" in os.environ:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    results = run(arguments.cases, arguments.scale)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps(results, indent=1))
+        print(
+            f"{'case':22} rank {'states MB':>10} planned {'step MB':>10} planned   error {'kept MB':>10} planned   communication"
+        )
+        for name, ranks in results.items():
+            for r in ranks:
+                error = r["planned_step"] / r["step"] - 1
+                kept = f"{r['kept'] / 1e6:10.2f} {r['planned_kept'] / 1e6:7.2f}" if "kept" in r else " " * 18
+                same = counted(r["communication"]) == counted(r["planned_communication"])
+                print(
+                    f"{name:22} {r['rank']:4} {r['states'] / 1e6:10.2f} {r['planned_states'] / 1e6:7.2f} {r['step'] / 1e6:10.2f} "
+                    f"{r['planned_step'] / 1e6:7.2f} {100 * error:+7.1f}% {kept}   {'as planned' if same else 'differs' if r['first'] else '(of another shard)'}"
+                )
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+#include "planner/buffers.h"
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+
+#include <algorithm>
+
+#include "train/sharded_optimizer.h"
+#include "train/update_rule.h"
+
+namespace mcore_bridge {
+namespace {
+
+int64_t bytes_of(const UpdateRule& rule) {
+  int64_t sum = 0;
+  for (const auto& [kind, dtype] : rule.kinds()) sum += static_cast<int64_t>(c10::elementSize(dtype));
+  return sum;
+}
+
+/// Bytes of master and states per element of a parameter.
+class StateBytes {
+ public:
+  explicit StateBytes(const OptimizerOptions& options) : master_(options.main_params_dtype == "fp32") {
+    const bool muon = options.optimizer == "muon" || options.optimizer == "dist_muon";
+    const auto scalar = muon ? options.muon_scalar_optimizer : options.optimizer;
+    vectors_ = bytes_of(scalar == "sgd" ? *make_sgd(options) : *make_adamw(options));
+    matrices_ = muon ? bytes_of(*make_muon(options, ParallelState::single())) : vectors_;
+  }
+  int64_t of(const ManagedParameter& parameter, bool orthogonalized) const {
+    const bool copy = master_ && parameter.tensor.scalar_type() != at::kFloat;
+    return (copy ? 4 : 0) + (orthogonalized ? matrices_ : vectors_);
+  }
+
+ private:
+  bool master_;
+  int64_t vectors_ = 0, matrices_ = 0;
+};
+
+/// How much of [first, last) lies in [0, end).
+int64_t before(int64_t end, int64_t first, int64_t last) { return std::max<int64_t>(0, std::min(end, last) - first); }
+
+}  // namespace
+
+PlannedBuffers plan_buffers(const std::vector<ManagedParameter>& parameters, const ParallelState& parallel,
+                            const OptimizerOptions& options) {
+  const auto buffers = buffer_options(options);
+  const StateBytes states(options);
+  PlannedBuffers result{.sharding = buffers.sharding,
+                        .grad_element = static_cast<int64_t>(c10::elementSize(buffers.grad_dtype))};
+  const bool shards_all = result.sharding == Sharding::kParameters,
+             shards_grads = result.sharding >= Sharding::kGradients;
+  std::vector<ManagedParameter> managed;
+  for (const auto& parameter : parameters) {
+    result.parameters += parameter.tensor.numel();
+    if (parameter.trainable) result.trainable += parameter.tensor.numel();
+    if (parameter.trainable || shards_all) {
+      managed.push_back(parameter);
+    } else {
+      result.weights += static_cast<int64_t>(parameter.tensor.nbytes());
+    }
+  }
+  double optimizer = 0;
+  std::map<std::pair<int, int>, int64_t> units;  // bytes that a unit needs while it runs
+  for (const auto& layout : bucket_layouts(managed, parallel, buffers)) {
+    const auto& first = managed[static_cast<size_t>(layout.slots[0].item)];
+    const int64_t ranks = first.traits.expert ? parallel.edp.size() : parallel.dp_cp.size();
+    const auto element = static_cast<int64_t>(c10::elementSize(first.tensor.scalar_type()));
+    const auto shard = layout.elements / layout.shards;
+    result.buckets.push_back(
+        {layout.elements, ranks, element, first.trainable, first.traits.expert, first.chunk, first.unit});
+    if (ranks > 1 && result.sharding != Sharding::kNone)
+      result.copied =
+          std::max(result.copied, layout.elements * std::max(element, first.trainable ? result.grad_element : 0));
+    result.weights += element * (shards_all ? shard : layout.elements);
+    auto& passing = units[{first.chunk, first.unit}];
+    if (shards_all) passing += element * layout.elements;
+    if (!first.trainable) continue;
+    result.gradients += result.grad_element * (shards_grads ? shard : layout.elements);
+    if (shards_grads) passing += result.grad_element * layout.elements;
+    for (const auto& slot : layout.slots) {
+      const auto& parameter = managed[static_cast<size_t>(slot.item)];
+      const auto elements = parameter.tensor.numel(), mine = before(shard - slot.offset, 0, elements);
+      optimizer += static_cast<double>(mine * states.of(parameter, buffers.whole(parameter)));
+      const auto& traits = parameter.traits;
+      const auto row = row_elements(parameter.tensor);
+      if (traits.sum_over_tp) result.partial += mine;
+      if (traits.tied_embedding) result.tied += mine;
+      if (traits.shared_rows > 0) {
+        const auto from = traits.shared_first_row * row;
+        const auto held = before(mine, from, from + traits.shared_rows * row);
+        if (held > 0) result.shared[traits.shared_copies] += held;
+      }
+    }
+  }
+  if (options.optimizer_cpu_offload) optimizer *= 1 - options.optimizer_offload_fraction;
+  result.optimizer = static_cast<int64_t>(optimizer);
+  // The unit that runs and the one that comes or goes beside it.
+  std::vector<int64_t> sizes;
+  for (const auto& [unit, bytes] : units) sizes.push_back(bytes);
+  std::sort(sizes.rbegin(), sizes.rend());
+  for (size_t i = 0; i < std::min<size_t>(2, sizes.size()); ++i) result.passing += sizes[i];
+  return result;
+}
+
+}  // namespace mcore_bridge

@@ -1,0 +1,41 @@
+// Weights, gradients and optimizer states of a rank on paper, in the buckets that training would lay them out in.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <vector>
+
+#include "mcore_bridge/optimizer_options.h"
+#include "train/parameter_buffers.h"
+
+namespace mcore_bridge {
+
+struct PlannedBuffers {
+  struct Bucket {
+    int64_t elements = 0;  ///< padding included
+    int64_t ranks = 1;     ///< of its group
+    int64_t element = 4;   ///< bytes of a parameter
+    bool trainable = true, expert = false;
+    int chunk = 0, unit = 0;  ///< of its first parameter
+  };
+  std::vector<Bucket> buckets;
+  Sharding sharding = Sharding::kNone;
+  int64_t grad_element = 4;  ///< bytes of a gradient
+  int64_t parameters = 0;    ///< elements
+  int64_t trainable = 0;     ///< elements
+  int64_t weights = 0;       ///< bytes kept all the time, as are the next two
+  int64_t gradients = 0;
+  int64_t optimizer = 0;  ///< masters and states on the device, without what is offloaded
+  int64_t passing = 0;    ///< bytes of gathered parameters and whole gradients of the units that run
+  int64_t copied = 0;     ///< bytes that Gloo, on the CPU, copies of the largest bucket to share it out
+  /// Elements of this rank's gradients that are summed once a step: over tensor ranks, over the tied embedding's
+  /// stages, and by the number of copies of shared rows.
+  int64_t partial = 0, tied = 0;
+  std::map<int, int64_t> shared;
+};
+
+/// `parameters`: all of the stage's, of every chunk; meta tensors do. Of rank 0 of the data-parallel group.
+PlannedBuffers plan_buffers(const std::vector<ManagedParameter>& parameters, const ParallelState& parallel,
+                            const OptimizerOptions& options);
+
+}  // namespace mcore_bridge

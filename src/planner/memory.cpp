@@ -1,0 +1,103 @@
+#include "planner/memory.h"
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+
+namespace mcore_bridge {
+namespace {
+
+/// Bytes of one chunk's micro-batch: kept by forward, most beyond that in backward, waiting for the weights' gradients.
+struct ChunkMemory {
+  int64_t saved = 0, temporary = 0, deferred = 0;
+  int64_t split_temporary = 0;  ///< `temporary` when the weights' gradients are put aside
+  int64_t matrices = 0;         ///< those gradients, once they are made
+};
+
+ChunkMemory memory_of(const PlannedChunk& chunk) {
+  ChunkMemory result{.saved = chunk.saved()};
+  int64_t alive = 0;  // beyond `saved`
+  for (auto segment = chunk.segments.rbegin(); segment != chunk.segments.rend(); ++segment) {
+    const auto& footprint = segment->footprint;
+    result.temporary = std::max(result.temporary, alive + footprint.workspace);
+    result.split_temporary = std::max(result.split_temporary, alive + result.deferred + footprint.workspace);
+    result.deferred += footprint.deferred;
+    alive -= footprint.saved;
+  }
+  for (const auto& parameter : chunk.parameters) {
+    if (parameter.trainable && parameter.tensor.dim() > 1 && !parameter.traits.vocabulary)
+      result.matrices += static_cast<int64_t>(parameter.tensor.nbytes());
+  }
+  return result;
+}
+
+struct Peak {
+  int64_t kept = 0, all = 0;
+};
+
+/// Goes through the stage's computations.
+Peak play(const StageSchedule& row, const std::vector<ChunkMemory>& chunks) {
+  Peak peak;
+  int64_t alive = 0;
+  for (const auto& action : row) {
+    const auto& chunk = chunks.at(static_cast<size_t>(action.chunk));
+    switch (action.kind) {
+      case Action::Kind::kForward:
+        alive += chunk.saved;
+        break;
+      case Action::Kind::kBackward:
+      case Action::Kind::kBackwardInput: {
+        const bool split = action.kind == Action::Kind::kBackwardInput;
+        peak.all = std::max(peak.all, alive + (split ? chunk.split_temporary : chunk.temporary));
+        alive += (split ? chunk.deferred : 0) - chunk.saved;
+        break;
+      }
+      case Action::Kind::kBackwardWeight:
+        peak.all = std::max(peak.all, alive - chunk.deferred + chunk.matrices);
+        alive -= chunk.deferred;
+        break;
+      default:
+        break;
+    }
+    peak.kept = std::max(peak.kept, alive);
+  }
+  return {peak.kept, std::max(peak.kept, peak.all)};
+}
+
+}  // namespace
+
+MemoryEstimate estimate_memory(const PlannedStage& stage, const PlanRequest& request, const ParallelSizes& sizes,
+                               const StageSchedule& row) {
+  MemoryEstimate result;
+  const auto& buffers = stage.buffers;
+  std::vector<ChunkMemory> chunks;
+  for (const auto& chunk : stage.chunks) chunks.push_back(memory_of(chunk));
+  const auto peak = play(row, chunks);
+  result.weights = buffers.weights;
+  result.gradients = buffers.gradients;
+  result.optimizer = buffers.optimizer;
+  result.activations = peak.kept;
+  // Messages: where a stage follows, the gradient at work and what comes or goes beside it; where one comes before, the
+  // next input.
+  const int64_t follows = stage.chunks.back().place.post_process ? 0 : 1,
+                before = stage.chunks.front().place.pre_process ? 0 : 1;
+  const auto boundary = sizes.pipeline > 1 ? stage.boundary : 0;
+  result.workspace = peak.all - peak.kept + buffers.passing + (2 * follows + before) * boundary;
+  // When no activation lives any more: tied embeddings are summed over first and last stage in a copy; Gloo copies what
+  // it shares out. Gradients of units, and with overlap all buckets but the last, go while activations live.
+  const auto copied = request.gpu_kernels ? 0 : buffers.copied;
+  int64_t living = 0;
+  if (buffers.sharding >= Sharding::kGradients) {
+    result.workspace += copied;
+  } else if (request.optimizer.overlap_grad_reduce && !buffers.buckets.empty()) {
+    const auto count = static_cast<int64_t>(buffers.buckets.size());
+    living = (result.activations + result.workspace) * (count - 1) / count;
+  }
+  const auto alone = std::max(buffers.grad_element * buffers.tied, copied) + living;
+  result.communication = std::max<int64_t>(0, alone - result.activations - result.workspace);
+  result.reserve = static_cast<int64_t>(request.reserve +
+                                        request.margin * static_cast<double>(result.activations + result.workspace));
+  return result;
+}
+
+}  // namespace mcore_bridge

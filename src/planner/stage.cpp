@@ -1,0 +1,68 @@
+#include "planner/stage.h"
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+
+#include "mcore_bridge/bridge.h"
+#include "parallel/parallel_state.h"
+
+namespace mcore_bridge {
+
+int64_t PlannedChunk::saved() const {
+  int64_t sum = 0;
+  for (const auto& segment : segments) sum += segment.footprint.saved;
+  return sum;
+}
+
+double PlannedStage::forward_flops() const {
+  double sum = 0;
+  for (const auto& chunk : chunks) {
+    for (const auto& segment : chunk.segments) sum += segment.footprint.forward_flops;
+  }
+  return sum;
+}
+
+double PlannedStage::backward_flops() const {
+  double sum = 0;
+  for (const auto& chunk : chunks) {
+    for (const auto& segment : chunk.segments) sum += segment.footprint.backward_flops;
+  }
+  return sum;
+}
+
+ActivationShape activation_shape(const PlanRequest& request) {
+  const auto context = request.config.context_parallel_size;
+  return {.sequence = request.run.sequence_length / context,
+          .batch = request.run.micro_batch_size,
+          .element = static_cast<int64_t>(c10::elementSize(request.config.params_dtype)),
+          .documents = request.documents,
+          .context = context,
+          .fused = request.gpu_kernels};
+}
+
+PlannedStage plan_stage(const PlanRequest& request, const Topology& topology, int stage) {
+  const auto& config = request.config;
+  const auto parallel = ParallelState::planned(topology, topology.rank_of(0, 0, 0, stage));
+  const auto shape = activation_shape(request);
+  PlannedStage result{.stage = stage};
+  result.boundary =
+      shape.tokens() / (config.sequence_parallel ? topology.sizes().tensor : 1) * config.hidden_size * shape.element;
+  std::vector<ManagedParameter> all;
+  for (int vp_stage = 0; vp_stage < config.virtual_stages(); ++vp_stage) {
+    Chunks chunk{build_model(config, parallel, vp_stage, "meta")};
+    if (request.lora) add_lora(chunk, *request.lora);
+    for (auto& parameter : chunk[0]->named_parameters()) {
+      for (const auto& prefix : request.frozen) {
+        if (parameter.name.starts_with(prefix)) parameter.tensor.set_requires_grad(false);
+      }
+    }
+    auto parameters = managed_parameters(chunk);
+    for (auto& parameter : parameters) parameter.chunk = vp_stage;
+    all.insert(all.end(), parameters.begin(), parameters.end());
+    result.chunks.push_back({chunk[0]->place(), std::move(parameters), chunk[0]->segments(shape)});
+  }
+  result.buffers = plan_buffers(all, *parallel, request.optimizer);
+  return result;
+}
+
+}  // namespace mcore_bridge

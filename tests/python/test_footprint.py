@@ -1,0 +1,95 @@
+"""What the layers say they keep for backward (Module::footprint) is what autograd saves."""
+
+import mcore_bridge as mb
+import pytest
+import tiny
+import torch
+from mcore_bridge.engine import _core
+from torch.autograd.graph import saved_tensors_hooks
+
+BATCH, LENGTH = 2, 48
+
+BASE = dict(
+    num_layers=3,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=16,
+    padded_vocab_size=tiny.VOCAB,
+    hf_model_type="llama",
+)
+LORA = dict(r=4)
+CASES = {
+    "fp32": ({}, None),
+    "bf16": (dict(params_dtype="bfloat16"), None),
+    "tied": (dict(untie_embeddings_and_output_weights=False), None),
+    "biases": (dict(add_bias_linear=True), None),
+    "qk_norm": (dict(qk_layernorm=True), None),
+    "qk_norm_bf16": (dict(qk_layernorm=True, params_dtype="bfloat16"), None),
+    "one_group": (dict(num_query_groups=1), None),
+    "all_groups": (dict(num_query_groups=8), None),
+    "no_rope": (dict(position_embedding_type="none"), None),
+    "no_rope_one_group": (dict(position_embedding_type="none", num_query_groups=1), None),
+    "no_rope_all_groups": (dict(position_embedding_type="none", num_query_groups=8), None),
+    "partial_rope": (dict(rotary_percent=0.5), None),
+    "hidden_dropout": (dict(hidden_dropout=0.1), None),
+    "recompute": (dict(recompute_granularity="full"), None),
+    "recompute_units": (dict(recompute_granularity="full", recompute_num_layers=2), None),
+    "recompute_block": (dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=1), None),
+    "lora": ({}, LORA),
+    "lora_bf16": (dict(params_dtype="bfloat16"), LORA),
+    "lora_qk_norm": (dict(qk_layernorm=True, params_dtype="bfloat16"), LORA),
+    "lora_dropout": ({}, dict(r=4, lora_dropout=0.1)),
+    "lora_parts": ({}, dict(r=4, target_modules=["q_proj", "v_proj", "down_proj"])),
+    "lora_mlp": ({}, dict(r=4, target_modules=["linear_fc1"])),
+    "lora_saves_embedding": ({}, dict(r=4, modules_to_save=["embed_tokens", "lm_head"])),
+    "lora_recompute": (dict(recompute_granularity="full"), LORA),
+}
+
+
+def kept_bytes(model, lengths=None):
+    """Bytes of all storages that autograd keeps for one micro-batch, parameters excluded."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # held: an address is not used twice
+        return tensor
+
+    ids, labels = tiny.rows(1 if lengths else BATCH, sum(lengths) if lengths else LENGTH)
+    ids = ids.clone()  # one row of a longer one would keep that
+    packed = mb.PackedSeqParams(torch.tensor([0, *lengths]).cumsum(0).int()) if lengths else None
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(ids, labels=labels, packed_seq_params=packed)
+    total = sum(size for size, _ in storages.values())
+    loss.sum().backward()
+    return total
+
+
+def build(fields, lora=None):
+    config = mb.ModelConfig(**{**BASE, **fields})
+    models = mb.get_mcore_model(config, device="cpu")
+    config.bridge.initialize(models, seed=1)
+    if lora:
+        mb.add_lora(models, mb.LoraOptions(**lora))
+    return models[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_saved_bytes(name):
+    model = build(*CASES[name])
+    kept = kept_bytes(model)
+    if name in ("recompute", "recompute_units", "lora_recompute"):
+        # cos and sin, which recomputed layers hold without autograd's knowledge.
+        kept += 2 * BATCH * LENGTH * BASE["kv_channels"] // 2 * 4
+    segments = _core.segments(model.engine, BATCH, LENGTH, training_loss=False)
+    assert sum(segment["saved"] for segment in segments) == kept, segments
+
+
+def test_saved_bytes_of_packed_rows():
+    model = build({})
+    segments = _core.segments(model.engine, 1, 60, documents=3, training_loss=False)
+    assert sum(segment["saved"] for segment in segments) == kept_bytes(model, [20, 20, 20])
