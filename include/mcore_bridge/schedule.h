@@ -59,6 +59,8 @@ struct ScheduleOptions {
   int group_size = 0;  ///< ModelConfig::microbatch_group_size_per_vp_stage
 };
 std::vector<StageSchedule> make_schedule(const ScheduleOptions& options);
+/// The computations of the same table, without its messages.
+std::vector<StageSchedule> schedule_order(const ScheduleOptions& options);
 
 /// What one micro-batch costs in one global chunk; any unit of time and of memory.
 struct ChunkCost {

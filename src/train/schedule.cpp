@@ -164,9 +164,7 @@ std::vector<std::pair<int, int>> virtual_order(const std::vector<int>& groups, i
   return result;
 }
 
-}  // namespace
-
-std::vector<StageSchedule> one_forward_one_backward(int stages, int micro_batches) {
+Orders order_1f1b(int stages, int micro_batches) {
   check_sizes(stages, 1, micro_batches);
   Orders orders(stages);
   for (int stage = 0; stage < stages; ++stage) {
@@ -178,10 +176,10 @@ std::vector<StageSchedule> one_forward_one_backward(int stages, int micro_batche
       order.push_back(compute(Kind::kBackward, 0, batch));
     }
   }
-  return with_messages(orders, 1);
+  return orders;
 }
 
-std::vector<StageSchedule> interleaved(int stages, int chunks, int micro_batches, int group_size) {
+Orders order_interleaved(int stages, int chunks, int micro_batches, int group_size) {
   check_sizes(stages, chunks, micro_batches);
   const auto groups = micro_batch_groups(stages, micro_batches, group_size);
   const auto forwards = virtual_order(groups, chunks, false), backwards = virtual_order(groups, chunks, true);
@@ -201,10 +199,10 @@ std::vector<StageSchedule> interleaved(int stages, int chunks, int micro_batches
       order.push_back(compute(Kind::kBackward, backwards[i].first, backwards[i].second));
     }
   }
-  return with_messages(orders, chunks);
+  return orders;
 }
 
-std::vector<StageSchedule> zero_bubble_h1(int stages, int micro_batches) {
+Orders order_zero_bubble_h1(int stages, int micro_batches) {
   check_sizes(stages, 1, micro_batches);
   // All stages in step, every computation taking one step: forwards and backwards on inputs in the order of 1F1B,
   // weight gradients while waiting for others and where no more than `stages` micro-batches would live otherwise.
@@ -232,7 +230,31 @@ std::vector<StageSchedule> zero_bubble_h1(int stages, int micro_batches) {
       finished += now.weight == micro_batches ? 1 : 0;
     }
   }
-  return with_messages(orders, 1);
+  return orders;
+}
+
+Orders order_of(const ScheduleOptions& options) {
+  const auto& [name, stages, chunks, micro_batches, group_size] = options;
+  if (name == "zb-h1") {
+    MCB_CHECK(chunks == 1, "schedule: zb-h1 has one chunk per stage, found ", chunks);
+    return order_zero_bubble_h1(stages, micro_batches);
+  }
+  MCB_CHECK(name == "1f1b" || name == "interleaved", "schedule: '", name, "' is not one of 1f1b, interleaved, zb-h1");
+  return chunks == 1 ? order_1f1b(stages, micro_batches) : order_interleaved(stages, chunks, micro_batches, group_size);
+}
+
+}  // namespace
+
+std::vector<StageSchedule> one_forward_one_backward(int stages, int micro_batches) {
+  return with_messages(order_1f1b(stages, micro_batches), 1);
+}
+
+std::vector<StageSchedule> interleaved(int stages, int chunks, int micro_batches, int group_size) {
+  return with_messages(order_interleaved(stages, chunks, micro_batches, group_size), chunks);
+}
+
+std::vector<StageSchedule> zero_bubble_h1(int stages, int micro_batches) {
+  return with_messages(order_zero_bubble_h1(stages, micro_batches), 1);
 }
 
 std::vector<StageSchedule> forward_only(int stages, int chunks, int micro_batches, int group_size) {
@@ -244,14 +266,9 @@ std::vector<StageSchedule> forward_only(int stages, int chunks, int micro_batche
 }
 
 std::vector<StageSchedule> make_schedule(const ScheduleOptions& options) {
-  const auto& [name, stages, chunks, micro_batches, group_size] = options;
-  if (name == "zb-h1") {
-    MCB_CHECK(chunks == 1, "schedule: zb-h1 has one chunk per stage, found ", chunks);
-    return zero_bubble_h1(stages, micro_batches);
-  }
-  MCB_CHECK(name == "1f1b" || name == "interleaved", "schedule: '", name, "' is not one of 1f1b, interleaved, zb-h1");
-  return chunks == 1 ? one_forward_one_backward(stages, micro_batches)
-                     : interleaved(stages, chunks, micro_batches, group_size);
+  return with_messages(order_of(options), options.chunks);
 }
+
+std::vector<StageSchedule> schedule_order(const ScheduleOptions& options) { return order_of(options); }
 
 }  // namespace mcore_bridge

@@ -97,11 +97,13 @@ def build_config(arguments, folder):
     read or built, with the nearest one that can."""
     import mcore_bridge as mb
 
+    from ..utils import get_dist_setting
+
     sizes = {name: getattr(arguments, name) for name in SIZES}
     fields = config_fields_of(arguments, {**mb.hf_to_mcore_config(folder), **sizes}, folder)
     run = {name: getattr(arguments, name) for name in ("micro_batch_size", "global_batch_size") if hasattr(arguments, name)}
     # Before the processes are looked at: errors about the model, not the machine.
-    mb.check_layout(fields, processes=mb.utils.get_dist_setting()[2], **run)
+    mb.check_layout(fields, processes=get_dist_setting()[2], **run)
     config = mb.ModelConfig(**fields)
     sizes["virtual_pipeline_model_parallel_size"] = config.virtual_pipeline_model_parallel_size  # a layout decides it, too
     mb.initialize_model_parallel(**sizes, distributed_timeout_minutes=getattr(arguments, "distributed_timeout_minutes", 30))

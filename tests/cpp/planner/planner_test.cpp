@@ -118,13 +118,23 @@ TEST(Planner, NearestFittingFits) {
 /// The schedule's idle time does not depend on how many micro-batches are played beyond twice the stages.
 TEST(Planner, BubbleIsTheSchedules) {
   for (const int stages : {2, 4, 8}) {
-    for (const int batches : {1, 3, 8, 40}) {
-      ModelConfig config;
-      config.pipeline_model_parallel_size = stages;
-      const auto plan = plan_schedule(config, batches, 2.0);
-      const auto played = simulate(one_forward_one_backward(stages, batches));
-      EXPECT_NEAR(plan->idle / (plan->idle + batches), played.bubble_fraction, 1e-9);
-      EXPECT_EQ(plan->in_flight, played.peak_activations);
+    for (const int batches : {1, 3, 8, 11, 40}) {
+      for (const int chunks : {1, 2, 3}) {
+        for (const char* name : {"1f1b", "zb-h1"}) {
+          if (name == std::string("zb-h1") && chunks > 1) continue;
+          ModelConfig config;
+          config.pipeline_model_parallel_size = stages;
+          if (chunks > 1) config.virtual_pipeline_model_parallel_size = chunks;
+          config.pipeline_schedule = name;
+          const auto plan = plan_schedule(config, batches, 2.0);
+          const auto played =
+              simulate(make_schedule({.name = name, .stages = stages, .chunks = chunks, .micro_batches = batches}),
+                       {.chunks = {{.forward = 1, .backward_input = 1, .backward_weight = 1}}});
+          EXPECT_NEAR(plan->idle / (plan->idle + batches), played.bubble_fraction, 1e-9)
+              << name << " " << stages << " " << chunks << " " << batches;
+          EXPECT_EQ(plan->in_flight, played.peak_activations) << name << " " << stages << " " << chunks;
+        }
+      }
     }
   }
 }
