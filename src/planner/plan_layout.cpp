@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <memory>
 
 #include "config/pipeline_layout.h"
 #include "mcore_bridge/error.h"
@@ -62,39 +63,39 @@ Plan plan_layout(const PlanRequest& request) {
   plan.recompute = config.recompute_granularity.value_or("none");
   plan.micro_batches = request.run.global_batch_size / (request.run.micro_batch_size * sizes.data);
 
-  std::vector<PlannedStage> stages;
-  std::map<std::string, int> built;
+  PlannedStages stages;
+  std::map<std::string, std::shared_ptr<const PlannedStage>> built;
   const auto layout = pipeline_layout(config);
   for (int stage = 0; stage < sizes.pipeline; ++stage) {
     const auto role = role_of(config, layout, stage);
-    if (const auto same = built.find(role); same != built.end()) {
-      stages.push_back(stages[static_cast<size_t>(same->second)]);
-      stages.back().stage = stage;
-    } else {
-      built[role] = stage;
-      stages.push_back(plan_stage(request, topology, stage));
-    }
+    auto& planned = built[role];
+    if (!planned) planned = std::make_shared<const PlannedStage>(plan_stage(request, topology, stage));
+    stages.push_back(planned);
   }
-  const auto slowest = stage_time(stages.back(), request);
+  const auto slowest = stage_time(*stages.back(), request);
   const auto schedule = plan_schedule(config, plan.micro_batches, slowest.backward / slowest.forward);
   double flops = 0;
-  for (auto& stage : stages) {
+  std::map<const PlannedStage*, StepTraffic> traffic;
+  for (int i = 0; i < sizes.pipeline; ++i) {
+    const auto& stage = *stages[static_cast<size_t>(i)];
     StageEstimate estimate;
-    estimate.stage = stage.stage;
-    estimate.layers = layout[static_cast<size_t>(stage.stage)].layers;
+    estimate.stage = i;
+    estimate.layers = layout[static_cast<size_t>(i)].layers;
     for (const auto& chunk : stage.chunks) {
       for (const auto& segment : chunk.segments) flops -= segment.footprint.recomputed_flops;
     }
     estimate.parameters = stage.buffers.parameters;
     estimate.trainable = stage.buffers.trainable;
-    estimate.in_flight = schedule->in_flight.at(static_cast<size_t>(stage.stage));
-    estimate.memory = estimate_memory(stage, request, sizes, schedule->rows.at(static_cast<size_t>(stage.stage)));
-    estimate.traffic = step_traffic(stage, request, topology, plan.micro_batches);
+    estimate.in_flight = schedule->in_flight.at(static_cast<size_t>(i));
+    estimate.memory = estimate_memory(stage, request, sizes, schedule->rows.at(static_cast<size_t>(i)));
+    auto& counted = traffic[&stage];
+    if (counted.empty()) counted = step_traffic(stage, request, topology, plan.micro_batches);
+    estimate.traffic = counted;
     estimate.forward_flops = stage.forward_flops();
     estimate.backward_flops = stage.backward_flops();
     flops += estimate.forward_flops + estimate.backward_flops;
     plan.stages.push_back(std::move(estimate));
-    if (plan.stages.back().memory.total() > plan.worst_stage().memory.total()) plan.worst = stage.stage;
+    if (plan.stages.back().memory.total() > plan.worst_stage().memory.total()) plan.worst = i;
   }
   plan.time =
       estimate_time(request, topology, stages, plan.stages, plan.micro_batches, *schedule, plan.bubble_fraction);
@@ -105,7 +106,7 @@ Plan plan_layout(const PlanRequest& request) {
       plan.model_flops / plan.time.step() / static_cast<double>(topology.world_size()) / request.hardware.peak_flops;
   const double memory = request.memory > 0 ? request.memory : request.hardware.memory;
   plan.fits = static_cast<double>(plan.worst_stage().memory.total()) <= memory;
-  plan.explanation = explain(plan, request, stages[static_cast<size_t>(plan.worst)], sizes);
+  plan.explanation = explain(plan, request, *stages[static_cast<size_t>(plan.worst)], sizes);
   return plan;
 }
 

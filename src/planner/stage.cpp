@@ -44,7 +44,7 @@ PlannedStage plan_stage(const PlanRequest& request, const Topology& topology, in
   const auto& config = request.config;
   const auto parallel = ParallelState::planned(topology, topology.rank_of(0, 0, 0, stage));
   const auto shape = activation_shape(request);
-  PlannedStage result{.stage = stage};
+  PlannedStage result;
   result.boundary =
       shape.tokens() / (config.sequence_parallel ? topology.sizes().tensor : 1) * config.hidden_size * shape.element;
   std::vector<ManagedParameter> all;

@@ -1,6 +1,7 @@
 // One pipeline stage's rank on paper: the chunks it would hold, built on the meta device, and what they cost.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "mcore_bridge/planner.h"
@@ -17,13 +18,15 @@ struct PlannedChunk {
 };
 
 struct PlannedStage {
-  int stage = 0;
   std::vector<PlannedChunk> chunks;
   PlannedBuffers buffers;
   int64_t boundary = 0;  ///< bytes of the hidden states that cross a stage boundary, per micro-batch
   double forward_flops() const;
   double backward_flops() const;
 };
+
+/// By pipeline stage; stages that hold alike share one.
+using PlannedStages = std::vector<std::shared_ptr<const PlannedStage>>;
 
 /// The micro-batch every rank of the layout works on.
 ActivationShape activation_shape(const PlanRequest& request);

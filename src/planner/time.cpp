@@ -37,9 +37,9 @@ double bandwidth(const Hardware& hardware, int64_t span) {
   return raw * hardware.bandwidth_efficiency;
 }
 
-TimeEstimate estimate_time(const PlanRequest& request, const Topology& topology,
-                           const std::vector<PlannedStage>& stages, const std::vector<StageEstimate>& estimates,
-                           int64_t micro_batches, const PlannedSchedule& schedule, double& bubble_fraction) {
+TimeEstimate estimate_time(const PlanRequest& request, const Topology& topology, const PlannedStages& stages,
+                           const std::vector<StageEstimate>& estimates, int64_t micro_batches,
+                           const PlannedSchedule& schedule, double& bubble_fraction) {
   const auto& sizes = topology.sizes();
   const auto& hardware = request.hardware;
   TimeEstimate time;
@@ -48,7 +48,7 @@ TimeEstimate estimate_time(const PlanRequest& request, const Topology& topology,
   double boundary = 0;
   const int64_t tp_span = sizes.tensor, cp_span = tp_span * sizes.context, dp_span = cp_span * sizes.data;
   for (size_t i = 0; i < stages.size(); ++i) {
-    const auto stage = stage_time(stages[i], request);
+    const auto stage = stage_time(*stages[i], request);
     if (stage.forward + stage.backward > slowest.forward + slowest.backward) slowest = stage;
     const auto& traffic = estimates[i].traffic;
     auto seconds = [&](GroupKind kind, int64_t span) {
@@ -58,10 +58,10 @@ TimeEstimate estimate_time(const PlanRequest& request, const Topology& topology,
     time.context = std::max(time.context, seconds(GroupKind::kContext, cp_span));
     time.data = std::max(
         time.data, seconds(GroupKind::kDataContext, dp_span) + seconds(GroupKind::kEmbedding, topology.world_size()));
-    boundary = std::max(boundary, static_cast<double>(stages[i].boundary));
+    boundary = std::max(boundary, static_cast<double>(stages[i]->boundary));
     // fp32 gradient, master and moments are read, the latter three written, the parameter written; the gradient is
     // zeroed and read for the norm.
-    const auto share = stages[i].buffers.sharding == Sharding::kNone ? 1 : sizes.data * sizes.context;
+    const auto share = stages[i]->buffers.sharding == Sharding::kNone ? 1 : sizes.data * sizes.context;
     const auto element = static_cast<double>(c10::elementSize(request.config.params_dtype));
     const auto moved = static_cast<double>(estimates[i].trainable) * ((28 + element) / share + 8);
     time.optimizer = std::max(time.optimizer, moved / (hardware.memory_bandwidth * hardware.bandwidth_efficiency));
@@ -74,7 +74,7 @@ TimeEstimate estimate_time(const PlanRequest& request, const Topology& topology,
     time.bubble = busy * idle;
     bubble_fraction = idle / (1 + idle);
     // Forward and backward wait for one message each, per micro-batch and chunk and on the way through all stages.
-    const auto chunks = static_cast<double>(stages.front().chunks.size());
+    const auto chunks = static_cast<double>(stages.front()->chunks.size());
     time.pipeline = 2 * (m * chunks + sizes.pipeline - 1) * boundary / bandwidth(hardware, dp_span + 1);
   }
   return time;

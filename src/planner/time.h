@@ -16,8 +16,8 @@ StageTime stage_time(const PlannedStage& stage, const PlanRequest& request);
 double bandwidth(const Hardware& hardware, int64_t span);
 
 /// `stages`: all; `traffic` and `trainable`: of the stage with the most of each.
-TimeEstimate estimate_time(const PlanRequest& request, const Topology& topology,
-                           const std::vector<PlannedStage>& stages, const std::vector<StageEstimate>& estimates,
-                           int64_t micro_batches, const PlannedSchedule& schedule, double& bubble_fraction);
+TimeEstimate estimate_time(const PlanRequest& request, const Topology& topology, const PlannedStages& stages,
+                           const std::vector<StageEstimate>& estimates, int64_t micro_batches,
+                           const PlannedSchedule& schedule, double& bubble_fraction);
 
 }  // namespace mcore_bridge
