@@ -21,6 +21,9 @@ LAYOUTS = {
     "a2a_tp2": (4, dict(cp=2, tp=2, fields=dict(cp_comm_type="a2a"))),
     "ring_pp2": (4, dict(cp=2, pp=2)),
     "a2a_pp2": (4, dict(cp=2, pp=2, fields=dict(cp_comm_type="a2a"))),
+    "ring_pp2_vpp2": (4, dict(cp=2, pp=2, vpp=2)),
+    "ring_pp2_zb": (4, dict(cp=2, pp=2, fields=dict(pipeline_schedule="zb-h1"))),
+    "a2a_pp2_zb": (4, dict(cp=2, pp=2, fields=dict(cp_comm_type="a2a", pipeline_schedule="zb-h1"))),
     "ring_dp2": (4, dict(cp=2)),
     "gather_dp2": (4, dict(cp=2, fields=dict(cp_comm_type="all_gather"))),
 }
