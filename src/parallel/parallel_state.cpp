@@ -27,7 +27,8 @@ ParallelStatePtr ParallelState::create(const Topology& topology, int rank, const
     MCB_CHECK(ranks.size() <= 1, "ParallelState: rank ", rank, " has no ", group_name(kind),
               " group, but the layout puts it with ", ranks.size() - 1,
               " others; call initialize_model_parallel after torch.distributed.init_process_group");
-    return Group{};
+    // Alone, but not rank 0: who asks for the members must find this rank.
+    return ranks.empty() ? Group{} : Group::planned(ranks, 0);
   };
   state->tp = take(GroupKind::kTensor);
   state->cp = take(GroupKind::kContext);

@@ -54,6 +54,8 @@ FAST = [
     ],
     *[("adam", mode, "tp2_dp2") for mode in ("overlap", "zero3")],
     *[("adam", mode, "pp2_dp2") for mode in ("overlap", "zero3")],
+    # The first half of a split backward tells of gradients that come with the second.
+    *[("adam", mode, "zb_dp2") for mode in ("overlap", "zero2", "zero3")],
     *[("unclipped", mode, "dp2") for mode in ("plain", "overlap")],
     ("lora", "zero3", "dp2"),
     ("lora_recompute", "zero3", "pp2_dp2"),
