@@ -441,5 +441,5 @@ def test_soak(work):
     assert len(resources) == 20
     early, late = resources[4], resources[-1]
     print(resources)
-    assert late[0] - early[0] < 20, f"resident memory grew from {early[0]:.0f} to {late[0]:.0f} MiB"
+    assert late[0] - early[0] < 5, f"resident memory grew from {early[0]:.0f} to {late[0]:.0f} MiB"
     assert late[1] <= early[1] + 1 and late[2] <= early[2] + 1, "files or threads"
