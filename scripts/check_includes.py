@@ -4,7 +4,21 @@ import re
 import sys
 from pathlib import Path
 
-ORDER = ["core", "config", "plan", "parallel", "kernels", "layers", "families", "models", "tuners", "bridge", "train", "planner", "bindings"]
+ORDER = [
+    "core",
+    "config",
+    "plan",
+    "parallel",
+    "kernels",
+    "layers",
+    "families",
+    "models",
+    "tuners",
+    "bridge",
+    "train",
+    "planner",
+    "bindings",
+]
 # The config reader asks the family table how a config.json reads.
 ALLOWED = {("config/hf_config.cpp", "families/family.h")}
 
