@@ -130,8 +130,17 @@ def batches(values):
     return result
 
 
+def context_share(batch):
+    """This context-parallel rank's part of a batch."""
+    if mb.get_parallel_state().cp_size == 1:
+        return batch
+    packed = batch.get("packed_seq_params")
+    ends = packed.cu_seqlens if packed else None
+    return {**batch, **{name: mb.split_cp_inputs(batch[name], ends, 1) for name in ("input_ids", "labels")}}
+
+
 def kept_bytes(model, batch):
-    """Bytes of all storages that autograd keeps for one micro-batch of this rank's share, parameters excluded."""
+    """Bytes of all storages that autograd keeps for one micro-batch (this rank's share, ForwardInput's names), parameters excluded."""
     from torch.autograd.graph import saved_tensors_hooks
 
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -143,10 +152,6 @@ def kept_bytes(model, batch):
             storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # held: an address is not used twice
         return tensor
 
-    if mb.get_parallel_state().cp_size > 1:
-        packed = batch.get("packed_seq_params")
-        ends = packed.cu_seqlens if packed else None
-        batch = {**batch, **{name: mb.split_cp_inputs(batch[name], ends, 1) for name in ("input_ids", "labels")}}
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(**batch)
     total = sum(size for size, _ in storages.values())
@@ -213,7 +218,7 @@ def measure(values, scale=1):
             result["planned_kept"] -= (
                 rows * (length // state.cp_size) * fields["kv_channels"] * (2 if fields.get("params_dtype") else 4)
             )
-        result["kept"] = kept_bytes(models[0], data[0])
+        result["kept"] = kept_bytes(models[0], context_share(data[0]))
     del models
     mb.destroy_model_parallel()
     return result

@@ -1,6 +1,7 @@
 #include "mcore_bridge/planner.h"
 
 #include "bindings/bindings.h"
+#include "bindings/optimizer_fields.h"
 #include "core/cpu_memory.h"
 #include "mcore_bridge/error.h"
 #include "models/gpt_model.h"
@@ -37,24 +38,10 @@ Hardware hardware(const Json& values) {
   return result;
 }
 
-/// What of OptimizerOptions decides on memory and communication; other keys are ignored.
+/// Other keys are ignored.
 OptimizerOptions optimizer(const Json& values) {
   OptimizerOptions options;
-#define MCB_OPTION(name) take(values, #name, options.name);
-  MCB_OPTION(optimizer)
-  MCB_OPTION(muon_scalar_optimizer)
-  MCB_OPTION(sgd_momentum)
-  MCB_OPTION(use_distributed_optimizer)
-  MCB_OPTION(data_parallel_sharding_strategy)
-  MCB_OPTION(ddp_bucket_size)
-  MCB_OPTION(main_grads_dtype)
-  MCB_OPTION(main_params_dtype)
-  MCB_OPTION(exp_avg_dtype)
-  MCB_OPTION(exp_avg_sq_dtype)
-  MCB_OPTION(optimizer_cpu_offload)
-  MCB_OPTION(optimizer_offload_fraction)
-  MCB_OPTION(overlap_grad_reduce)
-#undef MCB_OPTION
+  for_each_option(options, [&](const char* name, auto& field) { take(values, name, field); });
   return options;
 }
 

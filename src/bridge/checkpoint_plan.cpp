@@ -66,7 +66,7 @@ std::vector<PlannedParameter> planned_parameters(const Chunks& chunks, const Sel
 }
 
 const Group& replicas_of(const ParameterPlan& plan, const ParallelState& parallel) {
-  return plan.rule.experts.total > 0 ? parallel.edp : parallel.dp_cp;
+  return parallel.replicas(plan.rule.experts.total > 0);
 }
 
 std::vector<PlannedParameter> owned_parameters(const Chunks& chunks, const Selection& selection) {

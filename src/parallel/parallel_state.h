@@ -26,6 +26,8 @@ struct ParallelState {
 
   /// The group for messages from pipeline rank `from` to `to`: one per direction, so that neither waits for the other.
   const Group& way(int from, int to) const { return from < to ? pp : pp_back; }
+  /// The ranks that hold the same of a parameter: experts have replicas of their own.
+  const Group& replicas(bool expert) const { return expert ? edp : dp_cp; }
   bool is_first_stage() const { return place.pp == 0; }
   bool is_last_stage() const { return place.pp == topology.sizes().pipeline - 1; }
 };

@@ -53,21 +53,6 @@ struct Traffic {
     for (auto& line : result.lines) line = {line.calls * times, line.bytes * times, line.wire_bytes * times};
     return result;
   }
-  int64_t bytes() const {
-    int64_t sum = 0;
-    for (const auto& line : lines) sum += line.bytes;
-    return sum;
-  }
-  int64_t wire_bytes() const {
-    int64_t sum = 0;
-    for (const auto& line : lines) sum += line.wire_bytes;
-    return sum;
-  }
-  int64_t calls() const {
-    int64_t sum = 0;
-    for (const auto& line : lines) sum += line.calls;
-    return sum;
-  }
 };
 
 }  // namespace mcore_bridge

@@ -63,7 +63,7 @@ PlannedBuffers plan_buffers(const std::vector<ManagedParameter>& parameters, con
   std::map<std::pair<int, int>, int64_t> units;  // bytes that a unit needs while it runs
   for (const auto& layout : bucket_layouts(managed, parallel, buffers)) {
     const auto& first = managed[static_cast<size_t>(layout.slots[0].item)];
-    const int64_t ranks = first.traits.expert ? parallel.edp.size() : parallel.dp_cp.size();
+    const int64_t ranks = parallel.replicas(first.traits.expert).size();
     const auto element = static_cast<int64_t>(c10::elementSize(first.tensor.scalar_type()));
     const auto shard = layout.elements / layout.shards;
     result.buckets.push_back(

@@ -160,7 +160,7 @@ struct CheckpointWriter::State {
     };
     for (const auto& planned : slices) place(planned) += planned.slice.end - planned.slice.begin;
     for (int expert = 0; expert < 2; ++expert) {
-      const auto& replicas = expert ? parallel().edp : parallel().dp_cp;
+      const auto& replicas = parallel().replicas(expert);
       auto part = held[expert];
       if (replicas.size() > 1 && part.numel() > 0) replicas.all_reduce(part);
     }

@@ -55,7 +55,7 @@ std::vector<BucketLayout> bucket_layouts(const std::vector<ManagedParameter>& pa
                   by_unit,
                   by_unit ? parameter.chunk : 0,
                   by_unit ? parameter.unit : 0};
-    const auto& group = parameter.traits.expert ? parallel.edp : parallel.dp_cp;
+    const auto& group = parallel.replicas(parameter.traits.expert);
     items.push_back({.elements = parameter.tensor.numel(),
                      .shards = options.sharding == Sharding::kNone ? 1 : group.size(),
                      .key = keys.try_emplace(key, static_cast<int>(keys.size())).first->second,
@@ -78,7 +78,7 @@ ParameterBuffers::ParameterBuffers(std::vector<ManagedParameter> parameters, Par
   std::vector<const ManagedParameter*> pointers;
   for (const auto& parameter : parameters_) pointers.push_back(&parameter);
   for (const auto& layout : bucket_layouts(parameters_, *parallel_, options_)) {
-    const auto& group = pointers[layout.slots[0].item]->traits.expert ? parallel_->edp : parallel_->dp_cp;
+    const auto& group = parallel_->replicas(pointers[layout.slots[0].item]->traits.expert);
     buckets_.push_back(std::make_unique<Bucket>(layout, pointers, group, options_.sharding, options_.grad_dtype));
     arrived_.emplace_back(buckets_.back()->entries().size());
     missing_.push_back(0);

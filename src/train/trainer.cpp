@@ -205,7 +205,7 @@ void finish_gradients(const Chunks& chunks) {
     pieces.push_back({grad.view({-1}), 0, grad.numel(), row_elements(tensor), parameter.traits});
   }
   complete_gradients(pieces, parallel);
-  for (auto& piece : pieces) (piece.traits.expert ? parallel.edp : parallel.dp_cp).all_reduce(piece.values);
+  for (auto& piece : pieces) parallel.replicas(piece.traits.expert).all_reduce(piece.values);
 }
 
 Trainer::Trainer(Chunks chunks, OptimizerOptions options) {

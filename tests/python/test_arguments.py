@@ -110,7 +110,7 @@ def test_launching():
 
 def test_sharding_strategies():
     """use_megatron_fsdp means full sharding unless the strategy says otherwise; every optimizer flag has the engine's default."""
-    from mcore_bridge.training.setup import OPTIMIZER_OPTIONS
+    from mcore_bridge.training.options import OPTIMIZER_OPTIONS
 
     assert _derived(sft(), "sft").data_parallel_sharding_strategy is None
     full = _derived(sft("--use_megatron_fsdp", "true", "--accumulate_allreduce_grads_in_fp32", "false"), "sft")

@@ -1,11 +1,16 @@
 """What the layers say they keep for backward (Module::footprint) is what autograd saves."""
 
+import sys
+from pathlib import Path
+
 import mcore_bridge as mb
 import pytest
 import tiny
 import torch
 from mcore_bridge.engine import _core
-from torch.autograd.graph import saved_tensors_hooks
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from plan_memory import kept_bytes  # noqa: E402
 
 BATCH, LENGTH = 2, 48
 
@@ -48,25 +53,12 @@ CASES = {
 }
 
 
-def kept_bytes(model, lengths=None):
-    """Bytes of all storages that autograd keeps for one micro-batch, parameters excluded."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # held: an address is not used twice
-        return tensor
-
+def batch(lengths=None):
+    """A micro-batch, or one packed row of documents of these lengths."""
     ids, labels = tiny.rows(1 if lengths else BATCH, sum(lengths) if lengths else LENGTH)
     ids = ids.clone()  # one row of a longer one would keep that
     packed = mb.PackedSeqParams(torch.tensor([0, *lengths]).cumsum(0).int()) if lengths else None
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(ids, labels=labels, packed_seq_params=packed)
-    total = sum(size for size, _ in storages.values())
-    loss.sum().backward()
-    return total
+    return dict(input_ids=ids, labels=labels, packed_seq_params=packed)
 
 
 def build(fields, lora=None):
@@ -81,7 +73,7 @@ def build(fields, lora=None):
 @pytest.mark.parametrize("name", CASES)
 def test_saved_bytes(name):
     model = build(*CASES[name])
-    kept = kept_bytes(model)
+    kept = kept_bytes(model, batch())
     if name in ("recompute", "recompute_units", "lora_recompute"):
         # cos and sin, which recomputed layers hold without autograd's knowledge.
         kept += 2 * BATCH * LENGTH * BASE["kv_channels"] // 2 * 4
@@ -92,4 +84,4 @@ def test_saved_bytes(name):
 def test_saved_bytes_of_packed_rows():
     model = build({})
     segments = _core.segments(model.engine, 1, 60, documents=3, training_loss=False)
-    assert sum(segment["saved"] for segment in segments) == kept_bytes(model, [20, 20, 20])
+    assert sum(segment["saved"] for segment in segments) == kept_bytes(model, batch([20, 20, 20]))

@@ -26,7 +26,7 @@ def round_up(length, config):
 
 def request(arguments, config, length, processes):
     """plan_layout's arguments for a training run of these flags."""
-    from .plan import optimizer_options
+    from ..training.options import optimizer_options
 
     cuda = torch.cuda.is_available()
     return dict(

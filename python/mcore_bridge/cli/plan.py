@@ -3,6 +3,7 @@
 import json
 import os
 
+from ..training.options import new_adapter, optimizer_options
 from .arguments import PlanArguments, parse
 from .session import SIZES, adapter_options, config_fields_of
 
@@ -44,34 +45,9 @@ def hardware(arguments):
 
 def lora_options(arguments):
     """The adapter a run of these flags trains; None with full training."""
-    from ..lora import LoraOptions
-
     if arguments.adapters:
         return adapter_options(arguments.adapters[0])
-    if arguments.tuner_type != "lora":
-        return None
-    return LoraOptions(
-        r=arguments.lora_rank,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        use_rslora=arguments.use_rslora,
-        target_modules=arguments.target_modules,
-        target_regex=arguments.target_regex,
-        modules_to_save=arguments.modules_to_save,
-        seed=arguments.seed,
-    )
-
-
-# Flags of the optimizer that decide on memory and communication.
-OPTIMIZER = (
-    "optimizer", "muon_scalar_optimizer", "sgd_momentum", "use_distributed_optimizer", "data_parallel_sharding_strategy",
-    "ddp_bucket_size", "main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype", "optimizer_cpu_offload",
-    "optimizer_offload_fraction", "overlap_grad_reduce",
-)  # fmt: skip
-
-
-def optimizer_options(arguments):
-    return {name: getattr(arguments, name) for name in OPTIMIZER if getattr(arguments, name) is not None}
+    return new_adapter(arguments) if arguments.tuner_type == "lora" else None
 
 
 def request(arguments, config):

@@ -7,16 +7,7 @@ from ..data.feed import MapFeed, StreamFeed
 from ..data.prepare import load_units, stream_units
 from ..data.sampler import Sampler
 from ..data.stream import Encoders
-
-# Flags that the engine's optimizer knows by the same name.
-OPTIMIZER_OPTIONS = [
-    "lr_mult", "weight_decay_incr_style", "start_weight_decay", "end_weight_decay", "optimizer", "sgd_momentum", "muon_momentum",
-    "muon_split_qkv", "muon_use_nesterov", "muon_scale_mode", "muon_num_ns_steps", "muon_coefficient_type", "muon_fp32_matmul_prec",
-    "muon_tp_mode", "muon_extra_scale_factor", "muon_scalar_optimizer", "use_distributed_optimizer", "data_parallel_sharding_strategy",
-    "overlap_grad_reduce", "overlap_param_gather", "ddp_bucket_size", "main_grads_dtype", "main_params_dtype", "exp_avg_dtype",
-    "exp_avg_sq_dtype", "optimizer_cpu_offload", "optimizer_offload_fraction", "initial_loss_scale", "min_loss_scale",
-    "loss_scale_window", "hysteresis",
-]  # fmt: skip
+from .options import new_adapter, optimizer_options
 
 
 def freeze(models, arguments):
@@ -57,19 +48,7 @@ def build_models(arguments, config, folder, checkpoint):
     if lora and (checkpoint or arguments.adapters):
         load_adapter(models, config, checkpoint or arguments.adapters[0])
     elif lora:
-        mb.add_lora(
-            models,
-            mb.LoraOptions(
-                r=arguments.lora_rank,
-                lora_alpha=arguments.lora_alpha,
-                lora_dropout=arguments.lora_dropout,
-                use_rslora=arguments.use_rslora,
-                target_modules=arguments.target_modules,
-                target_regex=arguments.target_regex,
-                modules_to_save=arguments.modules_to_save,
-                seed=arguments.seed,
-            ),
-        )
+        mb.add_lora(models, new_adapter(arguments))
     freeze(models, arguments)
     return models
 
@@ -148,5 +127,5 @@ def build_trainer(models, a, train_iters):
         lr_warmup_iters=warmup, lr_warmup_init=a.lr_warmup_init, lr_wsd_decay_style=a.lr_wsd_decay_style,
         lr_wsd_decay_iters=a.lr_wsd_decay_iters or 0, train_iters=train_iters, weight_decay=a.weight_decay,
         clip_grad=a.clip_grad, adam_beta1=a.adam_beta1, adam_beta2=a.adam_beta2, adam_eps=a.adam_eps,
-        calculate_per_token_loss=a.calculate_per_token_loss, **{name: getattr(a, name) for name in OPTIMIZER_OPTIONS},
+        calculate_per_token_loss=a.calculate_per_token_loss, **optimizer_options(a),
     )  # fmt: skip
