@@ -36,6 +36,8 @@ struct ForwardInput {
   /// With labels: what each token's loss counts. forward then returns the weighted sum of all losses instead of the
   /// losses, and never holds the logits.
   std::optional<double> loss_weight;
+  /// Mixture of experts: what this micro-batch's balance losses count beside its loss.
+  double balance_loss_share = 1;
   at::Tensor hidden;  ///< [s (/ tp with sequence parallelism), b, h] from the previous stage
   std::optional<PackedSeqParams> packed;
 };

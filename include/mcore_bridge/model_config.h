@@ -17,6 +17,7 @@ using OptInt = std::optional<int64_t>;
 using OptDouble = std::optional<double>;
 using OptString = std::optional<std::string>;
 using IntList = std::vector<int64_t>;
+using DoubleList = std::vector<double>;
 using StringList = std::vector<std::string>;
 using DType = c10::ScalarType;
 
@@ -49,8 +50,12 @@ struct ModelConfig {
 
   int64_t query_groups() const { return num_query_groups.value_or(num_attention_heads); }
   int64_t head_dim() const { return kv_channels.value_or(num_attention_heads ? hidden_size / num_attention_heads : 0); }
-  bool has_window(int64_t layer) const;              ///< sliding window in this (global) layer
-  bool has_rope(int64_t layer) const;                ///< RoPE in this (global) layer
+  bool has_window(int64_t layer) const;  ///< sliding window in this (global) layer
+  bool has_rope(int64_t layer) const;    ///< RoPE in this (global) layer
+  bool is_moe() const { return num_moe_experts.has_value(); }
+  bool is_moe_layer(int64_t layer) const;  ///< experts in this (global) layer
+  int64_t moe_ffn_size() const { return moe_ffn_hidden_size.value_or(ffn_hidden_size); }
+  int64_t shared_expert_size() const { return moe_shared_expert_intermediate_size.value_or(0); }
   bool recomputes(const std::string& module) const;  ///< recompute_granularity selective names it
   int64_t virtual_stages() const { return virtual_pipeline_model_parallel_size.value_or(1); }
   ParallelSizes parallel_sizes() const;  ///< data stays 1: the world decides it

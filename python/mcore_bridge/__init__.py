@@ -14,6 +14,7 @@ _EXPORTS = {
     "bridge": ["GPTBridge", "inspect_checkpoint", "convert_checkpoint", "diff_checkpoints"],
     "lora": ["LoraOptions", "LoraParallelLinear", "add_lora"],
     "trainer": ["Trainer", "finish_gradients", "materialised"],
+    "routing": ["record_routing", "replay_routing"],
     "planner": ["plan_layout", "search_layouts", "check_layout"],
     "parallel_state": [
         "initialize_model_parallel",

@@ -87,7 +87,10 @@ class ModelConfig:
 
     is_multimodal = False
     support_multimodal = False
-    is_moe_model = False
+
+    @property
+    def is_moe_model(self):
+        return self.num_moe_experts is not None
 
 
 def hf_to_mcore_config(hf_config):

@@ -89,6 +89,9 @@ class GPTModel(nn.Module):
         for name, tensor in self.engine.named_parameters():
             module_name, _, leaf = name.rpartition(".")
             self._container(module_name, kinds).register_parameter(leaf, _as_parameter(tensor))
+        for name, tensor in self.engine.named_buffers():
+            module_name, _, leaf = name.rpartition(".")
+            self._container(module_name, kinds).register_buffer(leaf, tensor)
 
     def _container(self, name, kinds):
         module, path = self, ""

@@ -12,14 +12,27 @@ void init_model(py::module_& module) {
       .def("named_parameters",
            [](const GPTModel& model) {
              std::vector<std::pair<std::string, at::Tensor>> result;
-             for (auto& parameter : model.named_parameters()) result.emplace_back(parameter.name, parameter.tensor);
+             for (auto& parameter : model.named_parameters()) {
+               if (!parameter.traits.buffer) result.emplace_back(parameter.name, parameter.tensor);
+             }
+             return result;
+           })
+      .def("named_buffers",
+           [](const GPTModel& model) {
+             std::vector<std::pair<std::string, at::Tensor>> result;
+             for (auto& parameter : model.named_parameters()) {
+               if (parameter.traits.buffer) result.emplace_back(parameter.name, parameter.tensor);
+             }
              return result;
            })
       .def(
           "tp_split",
           [](const GPTModel& model) {
             std::map<std::string, bool> result;
-            for (auto& parameter : model.named_parameters()) result[parameter.name] = parameter.traits.tp_split;
+            for (auto& parameter : model.named_parameters()) {
+              // Experts differ between ranks in their own way.
+              result[parameter.name] = parameter.traits.tp_split || parameter.traits.expert;
+            }
             return result;
           },
           "Which parameters are split over the tensor-parallel ranks")
@@ -35,6 +48,31 @@ void init_model(py::module_& module) {
                                for (const auto& [name, options] : model.lora_options) names.push_back(name);
                                return names;
                              })
+      .def_property_readonly("num_routers", [](GPTModel& model) { return model.routers().size(); })
+      .def("record_routing",
+           [](GPTModel& model) {
+             for (auto* router : model.routers()) {
+               router->replay().recorded.clear();
+               router->replay().recording = true;
+             }
+           })
+      .def("recorded_routing",
+           [](GPTModel& model) {
+             std::vector<std::vector<at::Tensor>> result;
+             for (auto* router : model.routers()) {
+               router->replay().recording = false;
+               result.push_back(std::exchange(router->replay().recorded, {}));
+             }
+             return result;
+           })
+      .def("replay_routing",
+           [](GPTModel& model, std::vector<std::vector<at::Tensor>> choices) {
+             const auto routers = model.routers();
+             for (size_t i = 0; i < routers.size(); ++i)
+               routers[i]->replay() = {.recording = routers[i]->replay().recording,
+                                       .recorded = std::move(routers[i]->replay().recorded),
+                                       .given = std::move(choices.at(i))};
+           })
       .def(
           "forward",
           [](GPTModel& model, const py::dict& input, bool gather_output) {

@@ -45,6 +45,8 @@ std::vector<PlannedParameter> planned_parameters(const Chunks& chunks, const Sel
     for (auto& parameter : chunk->named_parameters()) tensors[without_base_layer(parameter.name)] = parameter.tensor;
     std::map<std::string, const ParallelLinear*> linears;
     for (const auto& [name, layer] : chunk->linears()) linears[name + ".weight"] = layer;
+    std::map<std::string, const GroupedParallelLinear*> experts;
+    for (const auto& [name, layer] : chunk->grouped_linears()) experts[name + ".weight"] = layer;
     if (selection.merge_lora) adapter_options(*chunk, selection.adapter_name);
     const auto& parallel = chunk->parallel();
     const SplitRanks ranks{parallel.tp.rank(), parallel.tp.size(), parallel.etp.rank(), parallel.etp.size()};
@@ -58,6 +60,9 @@ std::vector<PlannedParameter> planned_parameters(const Chunks& chunks, const Sel
       std::function<at::Tensor()> value = [tensor] { return tensor.detach(); };
       if (selection.merge_lora && linear != linears.end()) {
         value = [layer = linear->second, name = selection.adapter_name] { return layer->merged_weight(name); };
+      }
+      if (const auto grouped = experts.find(plan.name); selection.merge_lora && grouped != experts.end()) {
+        value = [layer = grouped->second, name = selection.adapter_name] { return layer->merged_weight(name); };
       }
       result.push_back({std::move(plan), tensor, std::move(value)});
     }

@@ -82,8 +82,11 @@ struct WeightExporter::State {
   bool takes_part() const { return !options.only_master || group.ranks()[0] == 0; }
   bool receives() const { return !options.only_master || (group.ranks()[0] == 0 && group.rank() == 0); }
 
+  /// Alike for all tensors of a bucket.
+  c10::ScalarType dtype_of(const HfTensor& tensor) const { return tensor.float32 ? c10::ScalarType::Float : dtype; }
+
   at::Tensor payload(const Bucket& bucket, int64_t elements) {
-    auto packed = at::empty({elements}, at::TensorOptions(device).dtype(dtype));
+    auto packed = at::empty({elements}, at::TensorOptions(device).dtype(dtype_of(tensors[bucket.begin])));
     int64_t at = 0;
     for (auto i = bucket.begin; i < bucket.end; ++i) {
       const auto found = owned.find(tensors[i].name);
@@ -105,8 +108,9 @@ struct WeightExporter::State {
     if (next_tensor == tensors.size() || !takes_part()) return;
     Bucket bucket{.begin = next_tensor, .end = next_tensor};
     int64_t bytes = 0;
-    auto bytes_of = [&](size_t i) { return tensors[i].numel() * static_cast<int64_t>(c10::elementSize(dtype)); };
-    while (bucket.end < tensors.size() &&
+    const auto kind = dtype_of(tensors[next_tensor]);
+    auto bytes_of = [&](size_t i) { return tensors[i].numel() * static_cast<int64_t>(c10::elementSize(kind)); };
+    while (bucket.end < tensors.size() && dtype_of(tensors[bucket.end]) == kind &&
            (bucket.end == bucket.begin || bytes + bytes_of(bucket.end) <= options.bucket_bytes))
       bytes += bytes_of(bucket.end++);
     next_tensor = bucket.end;
@@ -125,7 +129,7 @@ struct WeightExporter::State {
         payload_ = payload(bucket, elements[rank]);
         if (!receives()) messages.push_back({payload_, 0, true});
       } else if (receives()) {
-        payload_ = at::empty({elements[rank]}, at::TensorOptions(device).dtype(dtype));
+        payload_ = at::empty({elements[rank]}, at::TensorOptions(device).dtype(kind));
         if (options.only_master) messages.push_back({payload_, rank, false});
       }
       if (!options.only_master) broadcasts.emplace_back(payload_, rank);
@@ -160,7 +164,7 @@ struct WeightExporter::State {
             .narrow(1, box.col, box.cols)
             .copy_(part.view({box.rows, box.cols}));
       }
-      if (!whole.defined()) whole = at::empty({0}, at::TensorOptions(device).dtype(dtype));
+      if (!whole.defined()) whole = at::empty({0}, at::TensorOptions(device).dtype(dtype_of(tensor)));
       ready.emplace_back(tensor.name, whole.view(tensor.sizes()));
     }
   }

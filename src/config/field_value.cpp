@@ -80,9 +80,16 @@ void read_field(const char* name, const Json& value, IntList& field) {
   }
 }
 
-void read_field(const char* name, const Json& value, StringList& field) {
-  if (!value.is_array()) wrong(name, value, "a list of strings");
+void read_field(const char* name, const Json& value, DoubleList& field) {
   field.clear();
+  if (!value.is_array()) return read_field(name, value, field.emplace_back());  // one number: a list of it
+  for (const auto& item : value) read_field(name, item, field.emplace_back());
+}
+
+void read_field(const char* name, const Json& value, StringList& field) {
+  if (!value.is_array() && !value.is_string()) wrong(name, value, "a list of strings");
+  field.clear();
+  if (value.is_string()) return read_field(name, value, field.emplace_back());  // one word: a list of it
   for (const auto& item : value) read_field(name, item, field.emplace_back());
 }
 
@@ -140,6 +147,7 @@ Json write_field(const OptInt& field) { return optional_json(field); }
 Json write_field(const OptDouble& field) { return optional_json(field); }
 Json write_field(const OptString& field) { return optional_json(field); }
 Json write_field(const IntList& field) { return field; }
+Json write_field(const DoubleList& field) { return field; }
 Json write_field(const StringList& field) { return field; }
 Json write_field(const Json& field) { return field; }
 

@@ -14,6 +14,7 @@ void read_field(const char* name, const Json& value, OptInt& field);
 void read_field(const char* name, const Json& value, OptDouble& field);
 void read_field(const char* name, const Json& value, OptString& field);
 void read_field(const char* name, const Json& value, IntList& field);
+void read_field(const char* name, const Json& value, DoubleList& field);
 void read_field(const char* name, const Json& value, StringList& field);
 void read_field(const char* name, const Json& value, Pattern& field);
 void read_field(const char* name, const Json& value, StageLayout& field);
@@ -28,6 +29,7 @@ Json write_field(const OptInt& field);
 Json write_field(const OptDouble& field);
 Json write_field(const OptString& field);
 Json write_field(const IntList& field);
+Json write_field(const DoubleList& field);
 Json write_field(const StringList& field);
 Json write_field(const Pattern& field);
 Json write_field(const StageLayout& field);
@@ -42,6 +44,7 @@ inline const char* field_type(const OptInt&) { return "int?"; }
 inline const char* field_type(const OptDouble&) { return "float?"; }
 inline const char* field_type(const OptString&) { return "str?"; }
 inline const char* field_type(const IntList&) { return "list[int]"; }
+inline const char* field_type(const DoubleList&) { return "list[float]"; }
 inline const char* field_type(const StringList&) { return "list[str]"; }
 inline const char* field_type(const Pattern&) { return "pattern"; }
 inline const char* field_type(const StageLayout&) { return "layout"; }

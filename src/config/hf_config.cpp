@@ -41,6 +41,15 @@ const std::vector<KeyRow>& key_table() {
       {"add_mlp_bias", {"mlp_bias"}},
       {"qk_layernorm", {"use_qk_norm", "qk_norm"}},
       {"init_method_std", {"initializer_range"}},
+      {"num_moe_experts", {"num_experts", "n_routed_experts", "moe_num_experts", "num_local_experts"}},
+      {"moe_ffn_hidden_size", {"moe_intermediate_size"}},
+      {"moe_shared_expert_intermediate_size", {"shared_expert_intermediate_size"}},
+      {"moe_router_topk", {"num_experts_per_tok", "moe_topk", "moe_k"}},
+      {"moe_router_score_function", {"scoring_func"}},
+      {"moe_router_pre_softmax", {"norm_topk_prob"}, Convert::kNot},
+      {"moe_router_topk_scaling_factor", {"routed_scaling_factor", "router_scaling_factor"}},
+      {"moe_router_num_groups", {"n_group"}},
+      {"moe_router_group_topk", {"topk_group"}},
   };
   return rows;
 }

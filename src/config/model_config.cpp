@@ -60,6 +60,12 @@ bool ModelConfig::has_window(int64_t layer) const {
   return window_attn_skip_freq.expand(num_layers, 0, "window_attn_skip_freq").at(layer) == 1;
 }
 
+bool ModelConfig::is_moe_layer(int64_t layer) const {
+  if (!is_moe()) return false;
+  if (moe_layer_freq.every) return layer % *moe_layer_freq.every == 0;
+  return moe_layer_freq.list.empty() || moe_layer_freq.list.at(layer) == 1;
+}
+
 bool ModelConfig::recomputes(const std::string& module) const {
   if (recompute_granularity != "selective") return false;
   if (recompute_modules.empty()) return module == "core_attn";

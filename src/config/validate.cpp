@@ -5,6 +5,7 @@
 #include "config/layout_rules.h"
 #include "config/pipeline_layout.h"
 #include "config/rope_scaling.h"
+#include "config/validate_moe.h"
 #include "mcore_bridge/error.h"
 #include "mcore_bridge/layouts.h"
 #include "mcore_bridge/model_config.h"
@@ -23,20 +24,11 @@ void check_supported(const ModelConfig& c) {
     fail("ModelConfig.", field, ": '", value, "' is not supported by this version; supported: ", list);
   };
   only("normalization", c.normalization, {"RMSNorm"});
-  only("softmax_type", c.softmax_type, {"vanilla"});
+  only("softmax_type", c.softmax_type, {"vanilla", "learnable"});
   only("position_embedding_type", c.position_embedding_type, {"rope", "none"});
-  only("hidden_act", c.hidden_act, {"silu", "gelu", "gelu_tanh"});
+  only("hidden_act", c.hidden_act, {"silu", "gelu", "gelu_tanh", "quick_gelu"});
   only("task_type", c.task_type, {"causal_lm"});
   MCB_CHECK(c.swiglu, "ModelConfig.swiglu: an MLP without gate is not supported by this version");
-}
-
-void check_supported_layout(const ModelConfig& c) {
-  MCB_CHECK(c.expert_model_parallel_size == 1, "ModelConfig.expert_model_parallel_size: ", c.expert_model_parallel_size,
-            " needs a mixture-of-experts model, which this version does not have");
-  const auto expert_tensor = c.expert_tensor_parallel_size.value_or(1);
-  MCB_CHECK(expert_tensor == 1 || expert_tensor == c.tensor_model_parallel_size,
-            "ModelConfig.expert_tensor_parallel_size: ", expert_tensor,
-            " needs a mixture-of-experts model, which this version does not have; leave it out");
 }
 
 /// The numbers from 1 to `most` that `works` accepts.
@@ -114,11 +106,12 @@ void check_recompute(const ModelConfig& c) {
   MCB_CHECK(granularity != "full" || method != "block" || c.recompute_num_layers,
             "ModelConfig.recompute_num_layers: recompute_method 'block' needs it");
   for (const auto& module : c.recompute_modules) {
-    const bool known = module == "core_attn" || module == "mlp" || module == "layernorm";
-    const bool later = module == "moe" || module == "moe_act" || module == "shared_experts" || module == "mla_up_proj";
+    const bool known = module == "core_attn" || module == "mlp" || module == "moe" || module == "layernorm";
+    const bool later = module == "moe_act" || module == "shared_experts" || module == "mla_up_proj";
     MCB_CHECK(!later, "ModelConfig.recompute_modules: '", module,
-              "' needs a mixture-of-experts or multi-latent-attention model, which this one is not; leave it out");
-    MCB_CHECK(known, "ModelConfig.recompute_modules: '", module, "' is not one of core_attn, mlp, layernorm");
+              "' is not supported by this version; use moe (router, experts and shared experts), or leave it out");
+    MCB_CHECK(known, "ModelConfig.recompute_modules: '", module, "' is not one of core_attn, mlp, moe, layernorm");
+    MCB_CHECK(module != "moe" || c.is_moe(), "ModelConfig.recompute_modules: 'moe' needs a mixture-of-experts model");
   }
   MCB_CHECK(!c.cpu_offloading || granularity != "full",
             "ModelConfig.cpu_offloading: recompute_granularity 'full' leaves nothing to offload; use one of them");
@@ -130,17 +123,20 @@ void check_recompute(const ModelConfig& c) {
 
 void check_tensor_parallel(const ModelConfig& c) {
   const auto tp = c.tensor_model_parallel_size, heads = c.num_attention_heads, groups = c.query_groups();
+  // Where every layer has experts, expert_tensor_parallel_size splits them instead.
+  bool no_dense_mlp = c.is_moe();
+  for (int64_t layer = 0; layer < c.num_layers; ++layer) no_dense_mlp = no_dense_mlp && c.is_moe_layer(layer);
   const auto shares_groups = [&](int64_t n) { return groups % n == 0 || n % groups == 0; };
   const auto advice = [&] {
     return "; use one of " + numbers_that_work(heads, [&](int64_t n) {
-             return heads % n == 0 && c.ffn_hidden_size % n == 0 && shares_groups(n);
+             return heads % n == 0 && (no_dense_mlp || c.ffn_hidden_size % n == 0) && shares_groups(n);
            });
   };
   auto divides = [&](const char* field, int64_t value) {
     MCB_CHECK(value % tp == 0, "tensor_model_parallel_size ", tp, " does not divide ", field, " ", value, advice());
   };
   divides("num_attention_heads", heads);
-  divides("ffn_hidden_size", c.ffn_hidden_size);
+  if (!no_dense_mlp) divides("ffn_hidden_size", c.ffn_hidden_size);
   MCB_CHECK(shares_groups(tp), "tensor_model_parallel_size ", tp, " and num_query_groups ", groups,
             ": one must divide the other", advice());
 }
@@ -173,7 +169,7 @@ void check_context_parallel(const ModelConfig& c) {
 }  // namespace
 
 void check_layout_rules(const ModelConfig& c) {
-  check_supported_layout(c);
+  check_moe_layout(c);
   check_tensor_parallel(c);
   check_context_parallel(c);
   check_pipeline(c);
@@ -197,6 +193,7 @@ void ModelConfig::finalize() {
   derive_virtual_stages(*this);
   check_supported(*this);
   check_ranges(*this);
+  check_moe(*this);
   check_recompute(*this);
   check_layout(*this);
 }

@@ -1,4 +1,6 @@
 // Readings of config.json that several families share.
+#include <algorithm>
+
 #include "config/json_value.h"
 #include "families/table.h"
 #include "mcore_bridge/error.h"
@@ -25,6 +27,23 @@ void set_biases(Json& values, bool qkv, bool attention_proj, bool mlp) {
 
 void set_window_on_all_layers(Json& values, const Json& hf) {
   if (json_find(hf, "sliding_window")) values["window_size"] = window_of(hf);
+}
+
+void set_moe_layers(Json& values, const Json& hf, const std::function<bool(int64_t layer)>& sparse) {
+  Json flags = Json::array();
+  const auto layers = json_int(hf, "num_hidden_layers", 0, kFile);
+  for (int64_t layer = 0; layer < layers; ++layer) flags.push_back(sparse(layer) ? 1 : 0);
+  values["moe_layer_freq"] = std::move(flags);
+}
+
+void set_sparse_step_layers(Json& values, const Json& hf) {
+  const auto step = json_int(hf, "decoder_sparse_step", 1, kFile);
+  MCB_CHECK(step > 0, "config.json: decoder_sparse_step is ", step, ", expected a positive number");
+  const auto* dense = json_find(hf, "mlp_only_layers");
+  set_moe_layers(values, hf, [&](int64_t layer) {
+    const bool named = dense && dense->is_array() && std::find(dense->begin(), dense->end(), layer) != dense->end();
+    return !named && (layer + 1) % step == 0;
+  });
 }
 
 void set_window_on_some_layers(Json& values, const Json& hf) {

@@ -34,10 +34,30 @@ std::vector<WeightRule> gated_mlp_rules(const ModelConfig& config);
 /// Both, as a FamilySpec::layer_weights.
 std::vector<WeightRule> dense_decoder_layer(const ModelConfig& config, int64_t layer);
 
+/// What Hugging Face calls the parts of a layer with experts; names relative to the layer.
+struct MoeNames {
+  std::string norm = "post_attention_layernorm.weight";
+  std::string router = "mlp.gate.weight";
+  std::string expert_bias = "mlp.gate.e_score_correction_bias";
+  bool expert_bias_leading_one = false;  ///< kept as [1, experts]
+  std::string gate = "mlp.experts.{e}.gate_proj.weight", up = "mlp.experts.{e}.up_proj.weight",
+              down = "mlp.experts.{e}.down_proj.weight";
+  std::string shared = "mlp.shared_experts", shared_gate = "mlp.shared_expert_gate.weight";
+  std::string dense = "mlp";  ///< layers without experts
+  /// One tensor of all experts [experts, in, out] per matrix: gate and up one after the other, or taking turns. `gate`
+  /// and `up` are the same name then.
+  enum class Stacked { kNo, kTransposed, kTransposedInterleaved } stacked = Stacked::kNo;
+};
+/// Norm, router, experts and shared experts of a layer.
+std::vector<WeightRule> moe_rules(const ModelConfig& config, const MoeNames& names);
+/// Attention, then experts or a dense MLP as the layer is.
+std::vector<WeightRule> moe_decoder_layer(const ModelConfig& config, int64_t layer, const MoeNames& names);
+
 /// What a chunk holds.
 struct ChunkPlace {
   LayerRange layers;
   bool pre_process = true, post_process = true;
+  int ep_rank = 0, ep_size = 1;  ///< which of the experts
 };
 
 /// All rules of one chunk with full names: local layer index on the engine's side, global on Hugging Face's.

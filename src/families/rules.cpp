@@ -1,6 +1,7 @@
 // Weight rules that families share, and the assembly of a chunk's rules.
 #include "families/family.h"
 #include "mcore_bridge/error.h"
+#include "plan/plan.h"
 
 namespace mcore_bridge {
 namespace {
@@ -104,6 +105,11 @@ std::vector<WeightRule> chunk_weights(const ModelConfig& config, const ChunkPlac
     for (auto& rule : family.layer_weights(config, layer)) {
       rule.name = "decoder.layers." + std::to_string(local) + "." + rule.name;
       for (auto& hf : rule.hf) hf = family.hf_prefix + "layers." + std::to_string(layer) + "." + hf;
+      if (rule.experts.total > 0) {
+        const auto [first, count] = local_experts(rule.experts.total, place.ep_rank, place.ep_size);
+        rule.experts.first = first;
+        rule.experts.count = count;
+      }
       rules.push_back(std::move(rule));
     }
   }

@@ -8,7 +8,9 @@
 namespace mcore_bridge {
 
 const std::vector<FamilySpec>& families() {
-  static const std::vector<FamilySpec> table = {llama_family(), qwen2_family(), qwen3_family(), mistral_family()};
+  static const std::vector<FamilySpec> table = {llama_family(),   qwen2_family(),     qwen3_family(),
+                                                mistral_family(), qwen2_moe_family(), qwen3_moe_family(),
+                                                mixtral_family()};
   return table;
 }
 

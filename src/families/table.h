@@ -1,6 +1,8 @@
 // One function per family file, listed by hand: a visible table that no linker drops.
 #pragma once
 
+#include <functional>
+
 #include "families/family.h"
 
 namespace mcore_bridge {
@@ -9,11 +11,18 @@ FamilySpec llama_family();
 FamilySpec mistral_family();
 FamilySpec qwen2_family();
 FamilySpec qwen3_family();
+FamilySpec qwen2_moe_family();
+FamilySpec qwen3_moe_family();
+FamilySpec mixtral_family();
 
 /// Which linear layers have a bias, whatever the common key table made of the config's flags.
 void set_biases(Json& values, bool qkv, bool attention_proj, bool mlp);
 /// `sliding_window` on every layer; null: none.
 void set_window_on_all_layers(Json& values, const Json& hf);
+/// Experts in the layers of which `sparse` is true.
+void set_moe_layers(Json& values, const Json& hf, const std::function<bool(int64_t layer)>& sparse);
+/// Qwen's reading: every `decoder_sparse_step`-th layer but for `mlp_only_layers`.
+void set_sparse_step_layers(Json& values, const Json& hf);
 /// `sliding_window`, if `use_sliding_window`, on the layers that `layer_types` names, else from `max_window_layers` on.
 void set_window_on_some_layers(Json& values, const Json& hf);
 

@@ -114,7 +114,7 @@ LinearOutput ParallelLinear::forward(const at::Tensor& x_sbh, const at::Tensor& 
   return run(x_sbh, delta, std::move(plan));
 }
 
-at::Tensor ParallelLinear::forward_gated(const at::Tensor& x_sbh, Activation activation) {
+at::Tensor ParallelLinear::forward_gated(const at::Tensor& x_sbh, const GatedOptions& activation) {
   TORCH_INTERNAL_ASSERT(!layer_norm_weight_.defined());
   if (sharded()) return forward_sharded(gated_activation(x_sbh, activation));
   LinearPlan plan;

@@ -59,7 +59,7 @@ class ParallelLinear : public Module {
   /// With the norm in front: normalises x + delta and passes the sum on; see LinearOutput. `delta` may be undefined.
   LinearOutput forward(const at::Tensor& x_sbh, const at::Tensor& delta);
   /// act(gate) * up of x = [gate | up] in front of the product.
-  at::Tensor forward_gated(const at::Tensor& x_sbh, Activation activation);
+  at::Tensor forward_gated(const at::Tensor& x_sbh, const GatedOptions& activation);
   Footprint footprint(const ActivationShape& shape) const override { return footprint(shape, /*gated=*/false); }
   /// `gated`: of forward_gated.
   Footprint footprint(const ActivationShape& shape, bool gated) const;

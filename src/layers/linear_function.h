@@ -21,7 +21,7 @@ struct LinearPlan {
   };
   Prologue prologue = Prologue::kNone;
   RmsNormOptions norm;
-  Activation activation = Activation::kSilu;
+  GatedOptions activation = Activation::kSilu;
   PartLayout layout;
   std::vector<Adapter> adapters;
   /// Column-parallel: gathers the sequence (or copies) in front; else: reduces (or reduce-scatters) behind, then adds

@@ -12,7 +12,11 @@ namespace mcore_bridge {
 
 class MLP : public Module {
  public:
-  MLP(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions tensor_options);
+  struct Options {
+    int64_t width = 0;
+    bool norm = true;  ///< in front, inside linear_fc1
+  };
+  MLP(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions tensor_options, Options options);
   std::string kind() const override { return "MLP"; }
   std::vector<Child> children() const override { return {{"linear_fc1", fc1_.get()}, {"linear_fc2", fc2_.get()}}; }
   Footprint footprint(const ActivationShape& shape) const override;
@@ -24,7 +28,7 @@ class MLP : public Module {
   }
 
  private:
-  Activation activation_;
+  GatedOptions activation_;
   int64_t sequence_split_;
   std::unique_ptr<ParallelLinear> fc1_, fc2_;
 };

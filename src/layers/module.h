@@ -28,6 +28,7 @@ struct ParameterTraits {
   bool tied_embedding = false;
   bool no_weight_decay = false;  ///< norms, biases
   bool expert = false;           ///< of an expert: replicas are the expert-data-parallel ranks
+  bool buffer = false;           ///< saved and loaded, but not trained: never has a gradient
   bool vocabulary = false;       ///< a matrix with a row per token: embedding, output layer
   bool split_columns = false;    ///< tp_split matrices: columns (dim 1) are split instead of rows
   /// Matrices that share this parameter, stacked by rows: `blocks` times one block with so many rows of each (q, k, v

@@ -27,6 +27,9 @@ void check_layout(const ModelConfig& config, const ParallelState& parallel) {
   if (sizes.virtual_pipeline > 1)
     same("virtual_pipeline_model_parallel_size", config.virtual_stages(), sizes.virtual_pipeline);
   same("context_parallel_size", config.context_parallel_size, sizes.context);
+  if (!config.is_moe()) return;
+  same("expert_model_parallel_size", config.expert_model_parallel_size, sizes.expert);
+  same("expert_tensor_parallel_size", config.parallel_sizes().expert_tensor, sizes.expert_tensor);
 }
 
 at::Tensor default_positions(const ForwardInput& input, int64_t batch, int64_t length, c10::Device device) {
@@ -49,6 +52,8 @@ GPTModel::GPTModel(const ModelConfig& config, ParallelStatePtr parallel, int vp_
   place_.layers = config_.layers_of(parallel_->place.pp, vp_stage);
   place_.pre_process = parallel_->is_first_stage() && vp_stage == 0;
   place_.post_process = parallel_->is_last_stage() && vp_stage == last_chunk;
+  place_.ep_rank = parallel_->ep.rank();
+  place_.ep_size = parallel_->ep.size();
 
   const auto options = at::TensorOptions(device_).dtype(config_.params_dtype);
   const bool tied = share_embeddings_and_output_weights();
@@ -147,7 +152,7 @@ AttentionInput GPTModel::attention_input(const ForwardInput& input) const {
   return result;
 }
 
-at::Tensor GPTModel::run_layers(at::Tensor x, const AttentionInput& attention) {
+at::Tensor GPTModel::run_layers(at::Tensor x, const AttentionInput& attention, double loss_share) {
   const bool again = config_.recompute_granularity == "full" && at::GradMode::is_enabled();
   const bool block = config_.recompute_method == "block";
   const auto count = layers_.size(), given = static_cast<size_t>(config_.recompute_num_layers.value_or(1));
@@ -163,16 +168,16 @@ at::Tensor GPTModel::run_layers(at::Tensor x, const AttentionInput& attention) {
     if (first < offloaded) {
       ActivationOffload::Block block;
       x = run_unit(static_cast<int>(first) + 1, x,
-                   [&](const at::Tensor& z) { return layers_[first]->forward(z, attention); });
+                   [&](const at::Tensor& z) { return layers_[first]->forward(z, attention, loss_share); });
       if (x.requires_grad()) before = block.leave(x, before);
       continue;
     }
     const auto end = std::min(count, first + unit);
-    auto run = [this, first, end, attention](const at::Tensor& input) {
+    auto run = [this, first, end, attention, loss_share](const at::Tensor& input) {
       auto y = input;
       for (size_t i = first; i < end; ++i) {
         y = run_unit(static_cast<int>(i) + 1, y,
-                     [&](const at::Tensor& z) { return layers_[i]->forward(z, attention); });
+                     [&](const at::Tensor& z) { return layers_[i]->forward(z, attention, loss_share); });
         check_finite(y, "decoder.layers.", place_.layers.first + static_cast<int64_t>(i));
       }
       return y;
@@ -200,7 +205,7 @@ at::Tensor GPTModel::forward(const ForwardInput& input, bool gather_output) {
     x = input.hidden;
   }
   const auto attention = attention_input(input);
-  x = run_layers(std::move(x), attention);
+  x = run_layers(std::move(x), attention, input.balance_loss_share);
   if (!output_) return x;
 
   return run_unit(unit_of("output_layer."), x, [&](const at::Tensor& hidden) {
@@ -234,14 +239,34 @@ int GPTModel::unit_of(const std::string& parameter) const {
   return parameter.starts_with("embedding.") && !tied_here ? 0 : units() - 1;
 }
 
-std::vector<GPTModel::NamedLinear> GPTModel::linears() {
-  std::vector<NamedLinear> result;
+namespace {
+
+/// All modules of one class below `root`, by dotted name.
+template <class Layer, class Named>
+std::vector<Named> modules_of(Module& root) {
+  std::vector<Named> result;
   std::function<void(Module&, const std::string&)> visit = [&](Module& module, const std::string& prefix) {
-    if (auto* linear = dynamic_cast<ParallelLinear*>(&module)) result.push_back({prefix, linear});
+    if (auto* layer = dynamic_cast<Layer*>(&module)) result.push_back({prefix, layer});
     for (const auto& child : module.children())
       visit(*child.module, prefix.empty() ? child.name : prefix + "." + child.name);
   };
-  visit(*this, "");
+  visit(root, "");
+  return result;
+}
+
+}  // namespace
+
+std::vector<GPTModel::NamedLinear> GPTModel::linears() { return modules_of<ParallelLinear, NamedLinear>(*this); }
+
+std::vector<GPTModel::NamedGroupedLinear> GPTModel::grouped_linears() {
+  return modules_of<GroupedParallelLinear, NamedGroupedLinear>(*this);
+}
+
+std::vector<Router*> GPTModel::routers() {
+  std::vector<Router*> result;
+  for (auto& layer : layers_) {
+    if (layer->moe()) result.push_back(&layer->moe()->router());
+  }
   return result;
 }
 

@@ -57,6 +57,16 @@ class GPTModel : public Module {
   };
   std::vector<NamedLinear> linears();
 
+  /// The experts' matrices by name, where adapters can go too.
+  struct NamedGroupedLinear {
+    std::string name;
+    GroupedParallelLinear* layer;
+  };
+  std::vector<NamedGroupedLinear> grouped_linears();
+
+  /// Routers of the layers with experts, in order.
+  std::vector<Router*> routers();
+
   /// Units of a ParameterGate. An embedding that is also this chunk's output matrix belongs to the output's unit.
   int units() const { return static_cast<int>(layers_.size()) + 2; }
   int unit_of(const std::string& parameter) const;
@@ -74,7 +84,7 @@ class GPTModel : public Module {
 
  private:
   AttentionInput attention_input(const ForwardInput& input) const;
-  at::Tensor run_layers(at::Tensor x, const AttentionInput& attention);
+  at::Tensor run_layers(at::Tensor x, const AttentionInput& attention, double loss_share);
   at::Tensor run_unit(int unit, const at::Tensor& x, const std::function<at::Tensor(const at::Tensor&)>& f) const {
     return gate_ ? gate_->run(unit, x, f) : f(x);
   }

@@ -68,6 +68,23 @@ at::Tensor apply(const at::Tensor& x, const Group& group) {
   return Collective<kForward, kBackward>::apply(x, &group);
 }
 
+struct ExchangeRows : Function<ExchangeRows> {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const std::vector<int64_t>& send,
+                            const std::vector<int64_t>& receive, const Group* group) {
+    context->saved_data["group"] = at::IValue::make_capsule(c10::make_intrusive<GroupHolder>(*group));
+    context->saved_data["send"] = send;
+    context->saved_data["receive"] = receive;
+    return group->all_to_all(x, send, receive);
+  }
+  static variable_list backward(AutogradContext* context, variable_list grads) {
+    const auto holder = context->saved_data["group"].toCapsule();
+    const auto& group = static_cast<const GroupHolder*>(holder.get())->group;
+    return {group.all_to_all(grads[0], context->saved_data["receive"].toIntVector(),
+                             context->saved_data["send"].toIntVector()),
+            Variable(), Variable(), Variable()};
+  }
+};
+
 }  // namespace
 
 at::Tensor copy_to_region(const at::Tensor& x, const Group& group) {
@@ -88,6 +105,12 @@ at::Tensor reduce_scatter_sequence(const at::Tensor& x, const Group& group) {
 at::Tensor scatter_sequence(const at::Tensor& x, const Group& group) { return apply<raw_slice, raw_gather>(x, group); }
 at::Tensor gather_last_dim(const at::Tensor& x, const Group& group) {
   return apply<raw_gather_last, raw_slice_last>(x, group);
+}
+
+at::Tensor exchange_rows(const at::Tensor& x, const std::vector<int64_t>& send, const std::vector<int64_t>& receive,
+                         const Group& group) {
+  if (group.size() == 1) return x;
+  return ExchangeRows::apply(x, send, receive, &group);
 }
 
 }  // namespace mcore_bridge

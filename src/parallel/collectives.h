@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <vector>
+
 #include "parallel/group.h"
 
 namespace mcore_bridge {
@@ -20,5 +22,9 @@ at::Tensor reduce_scatter_sequence(const at::Tensor& x, const Group& group);
 at::Tensor scatter_sequence(const at::Tensor& x, const Group& group);
 /// All-gather along the last dim; backward takes this member's slice.
 at::Tensor gather_last_dim(const at::Tensor& x, const Group& group);
+
+/// Rows (dim 0) sent in unequal parts, see Group::all_to_all; backward sends their gradients the way back.
+at::Tensor exchange_rows(const at::Tensor& x, const std::vector<int64_t>& send, const std::vector<int64_t>& receive,
+                         const Group& group);
 
 }  // namespace mcore_bridge

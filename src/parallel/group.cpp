@@ -4,6 +4,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <mutex>
+#include <numeric>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 
@@ -140,6 +141,23 @@ at::Tensor Group::all_to_all(const at::Tensor& input) const {
   std::vector<int64_t> equal;  // empty: equal parts
   backend_->run(Operation::kAllToAll, contiguous.sizes(),
                 [&] { backend_->process_group->alltoall_base(output, contiguous, equal, equal)->wait(); });
+  return output;
+}
+
+at::Tensor Group::all_to_all(const at::Tensor& input, const std::vector<int64_t>& send,
+                             const std::vector<int64_t>& receive) const {
+  if (size() == 1) return input;
+  auto contiguous = input.contiguous();
+  auto sizes = contiguous.sizes().vec();
+  const auto rows = std::accumulate(send.begin(), send.end(), int64_t{0});
+  TORCH_INTERNAL_ASSERT(std::ssize(send) == size() && std::ssize(receive) == size() && !sizes.empty() &&
+                        rows == sizes[0]);
+  sizes[0] = std::accumulate(receive.begin(), receive.end(), int64_t{0});
+  auto output = at::empty(sizes, contiguous.options());
+  count(Operation::kAllToAll, contiguous.nbytes());
+  auto to = receive, from = send;
+  backend_->run(Operation::kAllToAll, contiguous.sizes(),
+                [&] { backend_->process_group->alltoall_base(output, contiguous, to, from)->wait(); });
   return output;
 }
 

@@ -41,6 +41,10 @@ class Group {
   at::Tensor reduce_scatter(const at::Tensor& input) const;
   /// Part i of dim 0 (which size must divide) goes to member i; returns the parts received, in member order.
   at::Tensor all_to_all(const at::Tensor& input) const;
+  /// Rows of dim 0 in unequal parts: the first `send[0]` rows go to member 0, the next `send[1]` to member 1, ...;
+  /// `receive[i]` rows come from member i. Every pair must agree on its number, which may be 0.
+  at::Tensor all_to_all(const at::Tensor& input, const std::vector<int64_t>& send,
+                        const std::vector<int64_t>& receive) const;
   void broadcast(at::Tensor& tensor, int root /* place in the group */) const;
   void barrier() const;
 

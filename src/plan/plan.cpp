@@ -47,7 +47,9 @@ std::vector<Part> add_tensors(ParameterPlan& plan, int64_t expert) {
                               .vector = rule.cols == 0,
                               .matrices = rule.experts.stacked ? rule.experts.total : 0,
                               .transposed = rule.transposed && rule.cols > 0,
-                              .depthwise = rule.depthwise});
+                              .depthwise = rule.depthwise,
+                              .leading_one = rule.leading_one,
+                              .float32 = rule.float32});
     }
     auto& tensor = plan.tensors.back();
     parts.push_back({static_cast<int>(plan.tensors.size()) - 1, tensor.rows, rows[i]});
@@ -73,6 +75,7 @@ void check_experts(const WeightRule& rule) {
 std::vector<int64_t> HfTensor::sizes() const {
   std::vector<int64_t> result;
   if (matrices > 0) result.push_back(matrices);
+  if (leading_one) result.push_back(1);
   result.push_back(transposed ? cols : rows);
   if (depthwise) result.push_back(1);
   if (!vector) result.push_back(transposed ? rows : cols);

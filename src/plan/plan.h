@@ -15,10 +15,12 @@ namespace mcore_bridge {
 struct HfTensor {
   std::string name;
   int64_t rows = 0, cols = 1;
-  bool vector = false;      ///< stored without a dimension for its one column
-  int64_t matrices = 0;     ///< leading dimension of a tensor that stacks experts; 0: there is none
-  bool transposed = false;  ///< stored as [cols, rows]
-  bool depthwise = false;   ///< stored as [rows, 1, cols]
+  bool vector = false;       ///< stored without a dimension for its one column
+  int64_t matrices = 0;      ///< leading dimension of a tensor that stacks experts; 0: there is none
+  bool transposed = false;   ///< stored as [cols, rows]
+  bool depthwise = false;    ///< stored as [rows, 1, cols]
+  bool leading_one = false;  ///< stored with a leading dimension of 1
+  bool float32 = false;      ///< stored in float32 whatever the model's precision
   /// The shape in the file.
   std::vector<int64_t> sizes() const;
   int64_t numel() const { return (matrices == 0 ? 1 : matrices) * rows * cols; }

@@ -68,6 +68,8 @@ struct WeightRule {
   bool transposed = false;    ///< Hugging Face keeps the matrix as [cols, rows] (inputs first)
   /// Both sides keep the matrix as [rows, 1, cols] (the kernel of a depthwise convolution).
   bool depthwise = false;
+  bool leading_one = false;  ///< Hugging Face keeps the vector as [1, rows] (ERNIE's correction bias)
+  bool float32 = false;      ///< kept and stored in float32 whatever the model's precision
   /// Rows of the local parameter are padded so that the tensor-parallel size divides them (vocabulary); the padding is
   /// zero and is never written.
   bool pad_rows = false;

@@ -86,8 +86,10 @@ struct CheckpointWriter::State {
 
   void plan_weights(const std::vector<HfTensor>& whole) {
     const auto dtype = trainer.chunks().at(0)->config().params_dtype;
-    auto& set = sets.emplace_back("", options.peft_format ? "adapter_model" : "model",
-                                  stored_as(whole, std::vector(whole.size(), dtype)), options.max_shard_bytes);
+    std::vector<c10::ScalarType> dtypes;
+    for (const auto& tensor : whole) dtypes.push_back(tensor.float32 ? c10::ScalarType::Float : dtype);
+    auto& set = sets.emplace_back("", options.peft_format ? "adapter_model" : "model", stored_as(whole, dtypes),
+                                  options.max_shard_bytes);
     // Replicas hold the same: they take turns.
     int turn = 0;
     for (const auto& parameter : parameters) {

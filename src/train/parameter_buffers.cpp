@@ -19,6 +19,7 @@ std::vector<ManagedParameter> managed_parameters(const Chunks& chunks) {
   std::vector<ManagedParameter> result;
   for (size_t chunk = 0; chunk < chunks.size(); ++chunk) {
     for (auto& parameter : chunks[chunk]->named_parameters()) {
+      if (parameter.traits.buffer) continue;
       result.push_back({parameter.name, static_cast<int>(chunk), chunks[chunk]->unit_of(parameter.name),
                         parameter.tensor, parameter.traits, parameter.tensor.requires_grad()});
     }

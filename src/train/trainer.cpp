@@ -154,6 +154,14 @@ struct Trainer::State {
 
   const GPTModel& model() const { return *chunks.at(0); }
 
+  std::vector<Router*> routers() const {
+    std::vector<Router*> result;
+    for (const auto& chunk : chunks) {
+      for (auto* router : chunk->routers()) result.push_back(router);
+    }
+    return result;
+  }
+
   std::shared_ptr<ParameterBuffers> make_buffers() {
     // Parameters that an earlier trainer spread out come together first.
     for (const auto& chunk : chunks) {
@@ -243,10 +251,15 @@ std::map<std::string, int64_t> Trainer::memory() const {
 StepResult Trainer::train_step(const std::vector<ForwardInput>& micro_batches, double loss_limit) {
   auto& s = *state_;
   const auto counts = count(micro_batches, s.model());
-  const auto batches = shares(micro_batches, s.model());
+  auto batches = shares(micro_batches, s.model());
   const double loss_scale = s.optimizer.scaler().scale();
-  auto weights = loss_weights(counts, s.options.calculate_per_token_loss);
-  for (auto& weight : weights) weight *= loss_scale;
+  const bool per_token = s.options.calculate_per_token_loss;
+  auto weights = loss_weights(counts, per_token);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    weights[i] *= loss_scale;
+    const auto own = counts.own_loss_tokens[i];
+    batches[i].balance_loss_share = weights[i] * static_cast<double>(per_token ? own : std::max<int64_t>(1, own));
+  }
   const auto update = s.iteration + 1 - s.optimizer.skipped;  // skipped steps do not advance the schedules
   StepResult result{.iteration = s.iteration + 1,
                     .lr = learning_rate(s.options, update),
@@ -283,6 +296,7 @@ StepResult Trainer::train_step(const std::vector<ForwardInput>& micro_batches, d
   s.judge(result);
   s.optimizer.finish_on_host(host[2].item<double>(), result.skipped);
   if (s.optimizer.offloads()) s.buffers->gather_parameters();
+  update_expert_biases(s.routers(), s.model().parallel(), result.skipped);
   s.optimizer.scaler().update(!result.skipped || result.spike);
   s.optimizer.skipped += result.skipped;
   result.skipped_steps = s.optimizer.skipped;

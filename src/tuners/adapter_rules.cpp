@@ -54,6 +54,7 @@ std::vector<WeightRule> adapter_rules(const std::vector<WeightRule>& base, const
                         .cols = rule.cols,
                         .shard = row ? Shard::kRow : Shard::kReplicated,
                         .fuse = parts.size() > 1 ? Fuse::kStack : Fuse::kNone,
+                        .experts = rule.experts,
                         .init = WeightRule::Init::kKaimingUniform});
       result.push_back({.name = module + ".lora_B." + adapter_name + ".weight",
                         .hf = file_names(".lora_B.weight"),
@@ -63,6 +64,7 @@ std::vector<WeightRule> adapter_rules(const std::vector<WeightRule>& base, const
                         .fuse = rule.fuse,
                         .heads = rule.heads,
                         .grouping = rule.grouping,
+                        .experts = rule.experts,
                         .init = WeightRule::Init::kZero});
     }
     if (std::find(saved.begin(), saved.end(), rule.name) == saved.end()) continue;
@@ -93,7 +95,12 @@ Json peft_config(const ModelConfig& config, const LoraOptions& options, const st
     for (size_t i = 0; i < target.parts.size(); ++i) {
       if (!target.parts[i]) continue;
       const auto module = module_of(rule->hf[i]);
-      adapted.insert(module);
+      for (int64_t e = 0; e < std::max<int64_t>(1, rule->experts.total); ++e) {
+        auto one = module;
+        if (const auto at = one.find("{e}"); at != std::string::npos) one.replace(at, 3, std::to_string(e));
+        adapted.insert(one);
+      }
+      all.insert(module);
       leaves.insert(module.substr(module.rfind('.') + 1));
     }
   }
@@ -102,7 +109,7 @@ Json peft_config(const ModelConfig& config, const LoraOptions& options, const st
   for (const auto& rule : rules) {
     for (const auto& hf : rule.hf) {
       const auto module = module_of(hf);
-      if (leaves.contains(module.substr(module.rfind('.') + 1)) && !adapted.contains(module)) whole = false;
+      if (leaves.contains(module.substr(module.rfind('.') + 1)) && !all.contains(module)) whole = false;
     }
   }
   for (const auto& name : match_modules_to_save(rules, options)) {

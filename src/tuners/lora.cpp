@@ -39,15 +39,24 @@ void add_lora(const Chunks& chunks, const LoraOptions& options, const std::strin
     const bool first_adapter = chunk->lora_options.empty();
     std::map<std::string, ParallelLinear*> linears;
     for (const auto& [name, layer] : chunk->linears()) linears[name] = layer;
+    std::map<std::string, GroupedParallelLinear*> experts;
+    for (const auto& [name, layer] : chunk->grouped_linears()) experts[name] = layer;
     for (auto& target : match_targets(rules, options)) {
-      linears.at(target.name)
-          ->add_adapter(adapter_name, target.parts, options.r, options.scaling(), options.lora_dropout);
+      auto add = [&](auto* layer) {
+        layer->add_adapter(adapter_name, target.parts, options.r, options.scaling(), options.lora_dropout);
+      };
+      if (const auto found = experts.find(target.name); found != experts.end()) {
+        add(found->second);
+      } else {
+        add(linears.at(target.name));
+      }
     }
     chunk->lora_options[adapter_name] = options;
     chunk->modules_to_save = match_modules_to_save(rules, options);
 
     std::map<std::string, at::Tensor> parameters;
     for (auto& parameter : chunk->named_parameters()) {
+      if (parameter.traits.buffer) continue;
       const bool adapter =
           parameter.name.find(".lora_A.") != std::string::npos || parameter.name.find(".lora_B.") != std::string::npos;
       auto plain = parameter.name;

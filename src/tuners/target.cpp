@@ -23,8 +23,12 @@ bool names(const std::string& module, const std::string& target) {
   return module == target || module.ends_with("." + target);
 }
 
-/// The weight matrix of a decoder linear layer, as opposed to norms, biases and the vocabulary.
-bool is_linear(const WeightRule& rule) { return rule.cols > 0 && !rule.pad_rows && rule.name.ends_with(".weight"); }
+/// The weight matrix of a decoder linear layer, as opposed to norms, biases and the vocabulary. Routers are no targets,
+/// nor experts that Hugging Face keeps in one tensor, which are no modules there.
+bool is_linear(const WeightRule& rule) {
+  return rule.cols > 0 && !rule.pad_rows && rule.name.ends_with(".weight") && !rule.name.ends_with("router.weight") &&
+         !rule.experts.stacked;
+}
 
 using Matcher = std::function<bool(const std::string& module)>;
 

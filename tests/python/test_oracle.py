@@ -20,7 +20,7 @@ def hf_logits(model, ids, **arguments):
     return model(ids.to(DEVICE), **arguments).logits.cpu()
 
 
-@pytest.fixture(scope="module", params=tiny.FAMILIES)
+@pytest.fixture(scope="module", params=tiny.ALL_FAMILIES)
 def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     hf_model = tiny.save(request.param, folder)
@@ -41,12 +41,16 @@ def as_hf(model, values):
     return dict(model.config.bridge.export_weights([other]))
 
 
-def check_gradients(hf_model, model):
+def check_gradients(hf_model, model, folder):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
     actual = as_hf(model, [(name, p.grad) for name, p in model.named_parameters()])
-    expected = {name: p.grad for name, p in hf_model.named_parameters()}
-    assert actual.keys() == expected.keys()
+    expected = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in hf_model.named_parameters()}
+    buffers = {name for name in actual if name.endswith("e_score_correction_bias")}
+    if model.config.is_moe_model:
+        expected = tiny.on_disk(hf_model, expected, folder)
+    assert actual.keys() - buffers == expected.keys() - buffers
+    expected = {name: gradient for name, gradient in expected.items() if name not in buffers}
     for name, gradient in expected.items():
         assert tiny.relative(actual[name].cpu(), gradient.cpu()) < GRADIENTS, name
     for module in (hf_model, model):
@@ -66,7 +70,7 @@ def hf_loss(logits, labels):
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
 
-def test_batch(pair):
+def test_batch(pair, tmp_path):
     hf_model, model = pair
     ids, labels = tiny.rows(3, 24)
     expected = hf_logits(hf_model, ids)
@@ -78,11 +82,11 @@ def test_batch(pair):
     assert abs(losses.sum().item() - expected_loss.item()) < 1e-4 * abs(expected_loss.item())
     expected_loss.backward()
     losses.sum().backward()
-    check_gradients(hf_model, model)
+    check_gradients(hf_model, model, tmp_path)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_padded(pair, side):
+def test_padded(pair, side, tmp_path):
     hf_model, model = pair
     ids, labels = tiny.rows(3, 20, seed=1)
     mask = torch.ones_like(ids)
@@ -98,10 +102,10 @@ def test_padded(pair, side):
     assert tiny.relative(actual[mask == 1], expected[mask == 1]) < LOGITS
     hf_loss(expected, labels).backward()
     model(ids, positions, mask, labels=labels).sum().backward()
-    check_gradients(hf_model, model)
+    check_gradients(hf_model, model, tmp_path)
 
 
-def test_packed(pair):
+def test_packed(pair, tmp_path):
     """A packed row gives what its documents give alone."""
     hf_model, model = pair
     lengths = [7, 1, 13, 6]
@@ -122,7 +126,7 @@ def test_packed(pair):
     assert torch.equal(actual, model(ids, explicit, packed_seq_params=packed).cpu())
     hf_loss(expected, labels).backward()
     model(ids, None, labels=labels, packed_seq_params=packed).sum().backward()
-    check_gradients(hf_model, model)
+    check_gradients(hf_model, model, tmp_path)
 
 
 def test_round_trip(pair, tmp_path):
@@ -140,7 +144,7 @@ def test_round_trip(pair, tmp_path):
 
 
 def test_bfloat16(pair, tmp_path):
-    hf_model, _ = pair
+    hf_model, whole = pair
     hf_model.save_pretrained(tmp_path)
     config = mb.ModelConfig(**mb.hf_to_mcore_config(str(tmp_path)), params_dtype=torch.bfloat16)
     (model,) = mb.get_mcore_model(config, device=DEVICE)
@@ -148,4 +152,8 @@ def test_bfloat16(pair, tmp_path):
     ids, _ = tiny.rows(2, 24, seed=3)
     with torch.no_grad():
         expected = hf_logits(hf_model, ids)
-        assert tiny.relative(model(ids, None).float().cpu(), expected) < 2e-2
+        # Rounding moves a token between experts whose scores are close: both sides choose alike here.
+        with mb.record_routing(whole) as choices:
+            whole(ids, None)
+        with mb.replay_routing(model, choices):
+            assert tiny.relative(model(ids, None).float().cpu(), expected) < 2e-2

@@ -53,6 +53,16 @@ FAMILIES = {
     "mistral_window": ("mistral", dict(sliding_window=5)),
 }
 
+_EXPERTS = dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=40)
+
+# Mixtures of experts. Layers without experts and every peculiarity of a family occur.
+MOE_FAMILIES = {
+    "qwen3_moe": ("qwen3_moe", dict(_EXPERTS, norm_topk_prob=True, mlp_only_layers=[1])),
+    "qwen2_moe": ("qwen2_moe", dict(_EXPERTS, shared_expert_intermediate_size=56, decoder_sparse_step=2)),
+    "mixtral": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=9)),
+}
+ALL_FAMILIES = {**FAMILIES, **MOE_FAMILIES}
+
 
 def in_this_version(fields):
     """Config fields with RoPE named as the installed Transformers names it."""
@@ -67,10 +77,10 @@ def in_this_version(fields):
 
 
 def build(name, **overrides):
-    """A random float32 model of one of FAMILIES."""
-    model_type, changes = FAMILIES[name]
+    """A random float32 model of one of ALL_FAMILIES."""
+    model_type, changes = ALL_FAMILIES[name]
     fields = {**_COMMON, **changes, **overrides}
-    if model_type == "qwen2":
+    if model_type in ("qwen2", "qwen2_moe"):
         fields.pop("head_dim")  # derived there
         fields["hidden_size"] = 96
     config = AutoConfig.for_model(model_type, **in_this_version(fields))
@@ -79,6 +89,9 @@ def build(name, **overrides):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.08 + (1.0 if parameter.dim() == 1 else 0.0))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.2)
     return model.eval()
 
 
@@ -87,6 +100,21 @@ def save(name, folder, max_shard_size="60KB", **overrides):
     model = build(name, **overrides)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model
+
+
+def on_disk(model, values, folder):
+    """{name in Transformers' files: tensor} of one value per parameter of the model, through Transformers' own conversion."""
+    from copy import deepcopy
+    from pathlib import Path
+
+    from safetensors.torch import load_file
+
+    other = deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            parameter.copy_(values[name])
+    other.save_pretrained(folder)
+    return {name: tensor for file in Path(folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def rows(batch, length, seed=0):

@@ -47,6 +47,7 @@ Json another_value(const std::string& name, const std::string& type, const Json&
   if (type == "float" || type == "float?") return 0.25;
   if (type == "str" || type == "str?") return "word";
   if (type == "list[int]") return Json::array({5, 0});
+  if (type == "list[float]") return Json::array({0.5, 0.25});
   if (type == "list[str]") return Json::array({"mlp", "core_attn"});
   if (type == "pattern") return Json::array({1, 0, 1});
   if (type == "dict?") return Json{{"rope_type", "linear"}, {"factor", 2}};
@@ -117,11 +118,9 @@ TEST(Validate, Ranges) {
 }
 
 TEST(Validate, FeaturesOfLaterVersions) {
-  for (const Json& change : std::vector<Json>{{{"num_moe_experts", 8}},
-                                              {{"multi_latent_attention", true}},
+  for (const Json& change : std::vector<Json>{{{"multi_latent_attention", true}},
                                               {{"mtp_num_layers", 1}},
-                                              {{"moe_shared_expert_gate", true}},
-                                              {{"softmax_type", "learnable"}},
+                                              {{"softmax_type", "off-by-one"}},
                                               {{"normalization", "LayerNorm"}},
                                               {{"swiglu", false}}}) {
     EXPECT_IN(error_of(change), "not supported by this version");
@@ -129,6 +128,40 @@ TEST(Validate, FeaturesOfLaterVersions) {
   EXPECT_IN(error_of({{"expert_model_parallel_size", 2}}), "mixture-of-experts");
   EXPECT_IN(error_of({{"expert_tensor_parallel_size", 7}}), "mixture-of-experts");
   EXPECT_EQ(error_of({{"expert_tensor_parallel_size", 1}, {"tensor_model_parallel_size", 2}}), "no error");
+}
+
+TEST(Validate, MixtureOfExperts) {
+  auto moe = [](Json change) {
+    Json values = {{"num_moe_experts", 8}, {"moe_ffn_hidden_size", 24}};
+    if (!change.is_null()) values.update(change);
+    return error_of(values);
+  };
+  EXPECT_EQ(moe({}), "no error");
+  EXPECT_IN(moe({{"moe_router_topk", 9}}), "1..8");
+  EXPECT_IN(moe({{"moe_router_num_groups", 3}}), "does not divide num_moe_experts 8");
+  EXPECT_IN(moe({{"moe_router_num_groups", 4}, {"moe_router_group_topk", 1}, {"moe_router_topk", 3}}),
+            "more than the 2");
+  EXPECT_IN(moe({{"moe_router_score_function", "tanh"}}), "softmax, sigmoid");
+  EXPECT_IN(moe({{"moe_router_dtype", "bf16"}}), "none, fp32, fp64");
+  EXPECT_IN(moe({{"moe_router_load_balancing_type", {"aux_loss", "sinkhorn"}}}), "stands alone");
+  EXPECT_IN(moe({{"moe_router_load_balancing_type", "none"}, {"moe_aux_loss_coeff", 0.1}}), "no effect");
+  EXPECT_IN(moe({{"moe_aux_loss_coeff", {0.1, 0.2}}}), "one for each");
+  EXPECT_EQ(moe({{"moe_router_load_balancing_type", {"aux_loss", "seq_aux_loss"}}, {"moe_aux_loss_coeff", {0.1, 0.2}}}),
+            "no error");
+  EXPECT_IN(moe({{"moe_token_dispatcher_type", "flex"}}), "use alltoall");
+  EXPECT_IN(moe({{"moe_pad_expert_input_to_capacity", true}}), "moe_expert_capacity_factor");
+  EXPECT_IN(moe({{"moe_expert_capacity_factor", -1}}), "must be positive");
+  EXPECT_IN(moe({{"moe_layer_freq", {1, 0}}}), "moe_layer_freq");
+  EXPECT_IN(moe({{"moe_shared_expert_gate", true}}), "no shared expert");
+  EXPECT_IN(moe({{"expert_model_parallel_size", 3}}), "does not divide num_moe_experts 8");
+  EXPECT_IN(moe({{"tensor_model_parallel_size", 2}}), "sequence_parallel");
+  const Json split = {{"tensor_model_parallel_size", 2}, {"sequence_parallel", true}};
+  EXPECT_EQ(moe(split), "no error");
+  auto five = split;
+  five["expert_tensor_parallel_size"] = 5;
+  EXPECT_IN(moe(five), "does not divide moe_ffn_hidden_size 24");
+  EXPECT_TRUE(make({{"num_moe_experts", 4}, {"moe_layer_freq", 2}}).is_moe_layer(2));
+  EXPECT_FALSE(make({{"num_moe_experts", 4}, {"moe_layer_freq", 2}}).is_moe_layer(1));
 }
 
 TEST(Validate, ContextParallel) {
@@ -152,8 +185,9 @@ TEST(Validate, WhatIsKeptForBackward) {
   EXPECT_FALSE(make({{"recompute_granularity", "full"}}).recomputes("core_attn"));
   const auto config = make({{"recompute_granularity", "selective"}, {"recompute_modules", {"mlp", "layernorm"}}});
   EXPECT_TRUE(config.recomputes("mlp") && !config.recomputes("core_attn"));
-  EXPECT_IN(error_of({{"recompute_modules", {"moe_act"}}}), "mixture-of-experts");
-  EXPECT_IN(error_of({{"recompute_modules", {"mpl"}}}), "core_attn, mlp, layernorm");
+  EXPECT_IN(error_of({{"recompute_modules", {"moe_act"}}}), "use moe");
+  EXPECT_IN(error_of({{"recompute_modules", {"moe"}}}), "mixture-of-experts");
+  EXPECT_IN(error_of({{"recompute_modules", {"mpl"}}}), "core_attn, mlp, moe, layernorm");
   EXPECT_IN(error_of({{"recompute_granularity", "half"}}), "full, selective, none");
   EXPECT_IN(error_of({{"cpu_offloading", true}}), "cpu_offloading_num_layers");
   EXPECT_IN(error_of({{"cpu_offloading", true}, {"cpu_offloading_num_layers", 1}, {"recompute_granularity", "full"}}),

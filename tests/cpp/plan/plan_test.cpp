@@ -2,7 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <functional>
 #include <map>
+#include <set>
 
 #include "families/family.h"
 #include "mcore_bridge/error.h"
@@ -15,16 +17,19 @@ namespace {
 class Coverage {
  public:
   void add(const ParameterPlan& plan) {
-    const auto columns = plan.sizes.size() > 1 ? plan.sizes[1] : 1;
-    std::vector<int> local(static_cast<size_t>(plan.sizes[0] * columns));
+    const auto columns = plan.columns();
+    int64_t elements = 1;
+    for (const auto size : plan.sizes) elements *= size;
+    std::vector<int> local(static_cast<size_t>(elements));
     for (const auto& region : plan.regions) {
       const auto& tensor = plan.tensors[region.tensor];
       auto& owned = owned_[tensor.name];
-      owned.resize(static_cast<size_t>(tensor.rows * tensor.cols));
+      owned.resize(static_cast<size_t>(tensor.numel()));
+      const auto strides = hf_strides(tensor, region);
       for (int64_t r = 0; r < region.rows; ++r) {
         for (int64_t c = 0; c < region.cols; ++c) {
-          owned.at(static_cast<size_t>((region.hf_row + r) * tensor.cols + region.hf_col + c)) += region.owner ? 1 : 0;
-          local.at(static_cast<size_t>((region.row + r) * columns + region.col + c)) += 1;
+          owned.at(static_cast<size_t>(strides.offset + r * strides.row + c * strides.col)) += region.owner ? 1 : 0;
+          local.at(static_cast<size_t>(region.parameter_row(r) * columns + region.col + c)) += 1;
         }
       }
     }
@@ -41,11 +46,58 @@ class Coverage {
       for (const int times : owned) ASSERT_EQ(times, 1) << name;
     }
   }
-  size_t tensors() const { return owned_.size(); }
+  std::set<std::string> tensors() const {
+    std::set<std::string> names;
+    for (const auto& [name, owned] : owned_) names.insert(name);
+    return names;
+  }
 
  private:
   std::map<std::string, std::vector<int>> owned_;
 };
+
+/// What a family calls its number of experts.
+struct ExpertKeys {
+  std::map<std::string, std::string> keys = {{"mixtral", "num_local_experts"}};
+  std::string at(const std::string& family) const {
+    const auto found = keys.find(family);
+    return found != keys.end() ? found->second : family.find("moe") != std::string::npos ? "num_experts" : "unused";
+  }
+};
+const ExpertKeys kExperts;
+
+/// Places of the experts' ranks beside those of the dense layers: any split works for the plan alone.
+struct Ranks {
+  int tp, ep, etp;
+  /// Adds what all ranks of a stage hold.
+  void add(Coverage& coverage, const ModelConfig& config, ChunkPlace place,
+           const std::function<std::vector<WeightRule>(const std::vector<WeightRule>&)>& choose) const {
+    for (int rank = 0; rank < tp; ++rank) {
+      for (const auto& plan : make_plan(choose(chunk_weights(config, place)), rank, tp)) {
+        if (plan.rule.experts.total == 0) coverage.add(plan);
+      }
+    }
+    if (!config.is_moe()) return;
+    for (int e = 0; e < ep; ++e) {
+      place.ep_rank = e;
+      place.ep_size = ep;
+      for (int rank = 0; rank < etp; ++rank) {
+        const SplitRanks ranks{.etp_rank = rank, .etp_size = etp};
+        for (const auto& plan : make_plan(choose(chunk_weights(config, place)), ranks)) {
+          if (plan.rule.experts.total > 0) coverage.add(plan);
+        }
+      }
+    }
+  }
+};
+
+std::set<std::string> names_of(const std::vector<WeightRule>& rules) {
+  std::set<std::string> names;
+  for (const auto& plan : make_plan(rules, 0, 1)) {
+    for (const auto& tensor : plan.tensors) names.insert(tensor.name);
+  }
+  return names;
+}
 
 ModelConfig tiny(const std::string& family, int groups, bool tied, int tp, int pp) {
   auto fields = ModelConfig::from_hf({{"model_type", family},
@@ -58,8 +110,13 @@ ModelConfig tiny(const std::string& family, int groups, bool tied, int tp, int p
                                       {"vocab_size", 29},
                                       {"tie_word_embeddings", tied},
                                       {"attention_bias", true},
+                                      {"num_experts_per_tok", 2},
+                                      {"moe_intermediate_size", 12},
+                                      {"shared_expert_intermediate_size", 24},
+                                      {kExperts.at(family), 4},
                                       {"mlp_bias", true}});
   fields["tensor_model_parallel_size"] = tp;
+  fields["sequence_parallel"] = true;
   fields["pipeline_model_parallel_size"] = pp;
   auto config = ModelConfig::from_json(fields);
   config.finalize();
@@ -71,7 +128,7 @@ ModelConfig tiny(const std::string& family, int groups, bool tied, int tp, int p
 TEST(Plan, EveryElementOfEveryTensorIsOwnedOnceInEveryLayoutOfEveryFamily) {
   LoraOptions all, parts;
   all.r = parts.r = 3;
-  parts.target_modules = {"q_proj", "v_proj", "up_proj", "down_proj"};
+  parts.target_modules = {"q_proj", "v_proj", "up_proj", "down_proj", "w1", "w2"};
   parts.modules_to_save = {"embed_tokens", "lm_head", "norm"};
   int layouts = 0;
   for (const auto& family : families()) {
@@ -82,25 +139,27 @@ TEST(Plan, EveryElementOfEveryTensorIsOwnedOnceInEveryLayoutOfEveryFamily) {
           for (const int pp : {1, 2, 3, 6}) {
             const auto config = tiny(family.model_types[0], groups, tied, tp, pp);
             Coverage base, adapter, adapter_parts;
+            // Experts are split in their own way, each way once.
+            const Ranks ranks{.tp = tp, .ep = pp % 2 == 0 ? 2 : 4, .etp = tp % 2 == 0 ? 2 : 3};
             for (int stage = 0; stage < pp; ++stage) {
-              const auto rules = chunk_weights(
-                  config,
-                  {.layers = config.layers_of(stage, 0), .pre_process = stage == 0, .post_process = stage == pp - 1});
-              for (int rank = 0; rank < tp; ++rank) {
-                for (const auto& plan : make_plan(rules, rank, tp)) base.add(plan);
-                for (const auto& plan : make_plan(adapter_rules(rules, all, "a"), rank, tp)) adapter.add(plan);
-                for (const auto& plan : make_plan(adapter_rules(rules, parts, "a"), rank, tp)) adapter_parts.add(plan);
-              }
+              const ChunkPlace place{
+                  .layers = config.layers_of(stage, 0), .pre_process = stage == 0, .post_process = stage == pp - 1};
+              ranks.add(base, config, place, [](const auto& rules) { return rules; });
+              ranks.add(adapter, config, place, [&](const auto& rules) { return adapter_rules(rules, all, "a"); });
+              ranks.add(adapter_parts, config, place,
+                        [&](const auto& rules) { return adapter_rules(rules, parts, "a"); });
             }
             base.expect_once();
             adapter.expect_once();
             adapter_parts.expect_once();
             const auto whole = chunk_weights(config, {.layers = {0, 6}});
-            size_t expected = 0;
-            for (const auto& rule : whole) expected += rule.hf.size();
-            EXPECT_EQ(base.tensors(), expected);
-            EXPECT_EQ(adapter.tensors(), 6u * 7 * 2);
-            EXPECT_EQ(adapter_parts.tensors(), 6u * 4 * 2 + 3);
+            EXPECT_EQ(base.tensors(), names_of(whole));
+            EXPECT_EQ(adapter.tensors(), names_of(adapter_rules(whole, all, "a")));
+            EXPECT_EQ(adapter_parts.tensors(), names_of(adapter_rules(whole, parts, "a")));
+            if (!config.is_moe()) {
+              EXPECT_EQ(adapter.tensors().size(), 6u * 7 * 2);
+              EXPECT_EQ(adapter_parts.tensors().size(), 6u * 4 * 2 + 3);
+            }
             ++layouts;
           }
         }

@@ -1,0 +1,108 @@
+// Weight rules of layers with experts.
+#include "families/family.h"
+#include "mcore_bridge/error.h"
+
+namespace mcore_bridge {
+namespace {
+
+using Init = WeightRule::Init;
+
+/// "x.weight" -> "x.bias"; a stacked tensor "x" -> "x_bias".
+std::string bias_name(std::string name) {
+  if (!name.ends_with(".weight")) return name + "_bias";
+  return name.replace(name.size() - 6, 6, "bias");
+}
+
+WeightRule bias_of(WeightRule matrix) {
+  matrix.name.replace(matrix.name.size() - 6, 6, "bias");
+  for (auto& name : matrix.hf) name = bias_name(std::move(name));
+  matrix.cols = 0;
+  if (matrix.shard == Shard::kRow) matrix.shard = Shard::kReplicated;  // one rank adds it
+  matrix.init = Init::kZero;
+  return matrix;
+}
+
+void add_experts(std::vector<WeightRule>& rules, const ModelConfig& config, const MoeNames& names) {
+  const bool stacked = names.stacked != MoeNames::Stacked::kNo;
+  const ExpertLayout layout{.total = *config.num_moe_experts, .grouped = true, .stacked = stacked};
+  const auto width = config.moe_ffn_size();
+  rules.push_back(
+      {.name = "mlp.experts.linear_fc1.weight",
+       .hf = {names.gate, names.up},
+       .rows = 2 * width,
+       .cols = config.hidden_size,
+       .shard = Shard::kColumn,
+       .fuse = names.stacked == MoeNames::Stacked::kTransposedInterleaved ? Fuse::kInterleaved : Fuse::kGateUp,
+       .experts = layout,
+       .transposed = stacked});
+  if (config.add_bias_linear) rules.push_back(bias_of(rules.back()));
+  rules.push_back({.name = "mlp.experts.linear_fc2.weight",
+                   .hf = {names.down},
+                   .rows = config.hidden_size,
+                   .cols = width,
+                   .shard = Shard::kRow,
+                   .experts = layout,
+                   .transposed = stacked,
+                   .init = Init::kScaledNormal});
+  if (config.add_bias_linear) rules.push_back(bias_of(rules.back()));
+}
+
+void add_shared_experts(std::vector<WeightRule>& rules, const ModelConfig& config, const MoeNames& names) {
+  const auto width = config.shared_expert_size();
+  rules.push_back({.name = "mlp.shared_experts.linear_fc1.weight",
+                   .hf = {names.shared + ".gate_proj.weight", names.shared + ".up_proj.weight"},
+                   .rows = 2 * width,
+                   .cols = config.hidden_size,
+                   .shard = Shard::kColumn,
+                   .fuse = Fuse::kGateUp});
+  if (config.add_mlp_bias) rules.push_back(bias_of(rules.back()));
+  rules.push_back({.name = "mlp.shared_experts.linear_fc2.weight",
+                   .hf = {names.shared + ".down_proj.weight"},
+                   .rows = config.hidden_size,
+                   .cols = width,
+                   .shard = Shard::kRow,
+                   .init = Init::kScaledNormal});
+  if (config.add_mlp_bias) rules.push_back(bias_of(rules.back()));
+  if (!config.moe_shared_expert_gate) return;
+  rules.push_back(
+      {.name = "mlp.shared_experts.gate_weight", .hf = {names.shared_gate}, .rows = 1, .cols = config.hidden_size});
+}
+
+}  // namespace
+
+std::vector<WeightRule> moe_rules(const ModelConfig& config, const MoeNames& names) {
+  std::vector<WeightRule> rules = {
+      {.name = "pre_mlp_layernorm.weight",
+       .hf = {names.norm},
+       .rows = config.hidden_size,
+       .init = config.layernorm_zero_centered_gamma ? Init::kZero : Init::kOne},
+      {.name = "mlp.router.weight", .hf = {names.router}, .rows = *config.num_moe_experts, .cols = config.hidden_size}};
+  if (config.add_bias_linear) rules.push_back(bias_of(rules.back()));
+  if (config.moe_router_enable_expert_bias) {
+    rules.push_back({.name = "mlp.router.expert_bias",
+                     .hf = {names.expert_bias},
+                     .rows = *config.num_moe_experts,
+                     .leading_one = names.expert_bias_leading_one,
+                     .float32 = true,
+                     .init = Init::kZero});
+  }
+  add_experts(rules, config, names);
+  if (config.shared_expert_size() > 0) add_shared_experts(rules, config, names);
+  return rules;
+}
+
+std::vector<WeightRule> moe_decoder_layer(const ModelConfig& config, int64_t layer, const MoeNames& names) {
+  auto rules = gqa_attention_rules(config);
+  auto block = config.is_moe_layer(layer) ? moe_rules(config, names) : gated_mlp_rules(config);
+  for (auto& rule : block) {
+    if (!config.is_moe_layer(layer)) {
+      for (auto& name : rule.hf) {
+        if (name.starts_with("mlp.")) name.replace(0, 3, names.dense);
+      }
+    }
+    rules.push_back(std::move(rule));
+  }
+  return rules;
+}
+
+}  // namespace mcore_bridge

@@ -1,0 +1,144 @@
+#include "layers/moe/grouped_linear.h"
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "layers/weight_gradients.h"
+#include "mcore_bridge/error.h"
+
+namespace mcore_bridge {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+bool aligned(const at::Tensor& x) { return x.size(-1) * x.element_size() % 16 == 0; }
+
+/// libtorch's grouped GEMM wants half precision and rows of a multiple of 16 bytes.
+bool on_grouped_gemm(const at::Tensor& x, const at::Tensor& other) {
+  const bool half = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
+  return x.is_cuda() && half && aligned(x) && aligned(other);
+}
+
+/// The host's cumulative ends; a GPU without grouped GEMM for this dtype has to ask the device.
+std::vector<int64_t> host_ends(const ExpertRows& groups) {
+  if (!groups.host.empty()) return groups.host;
+  const auto ends = groups.ends.to(at::kCPU).to(at::kLong).contiguous();
+  return {ends.const_data_ptr<int64_t>(), ends.const_data_ptr<int64_t>() + ends.numel()};
+}
+
+/// f(expert, first row, rows) for every expert that has rows.
+template <class F>
+void for_each_group(const ExpertRows& groups, F f) {
+  int64_t first = 0, expert = 0;
+  for (const auto end : host_ends(groups)) {
+    if (end > first) f(expert, first, end - first);
+    first = end;
+    ++expert;
+  }
+}
+
+/// Rows that belong to nobody become zeros: grouped GEMM leaves them as they were.
+void clear_tail(at::Tensor& y, const ExpertRows& groups) {
+  if (!groups.tail) return;
+  const auto rows = at::arange(y.size(0), groups.ends.options());
+  y.masked_fill_(rows.ge(groups.ends.select(0, -1)).unsqueeze(1), 0);
+}
+
+at::Tensor product(const at::Tensor& x, const at::Tensor& matrices /* [E, in, out] */, const at::Tensor& bias,
+                   const ExpertRows& groups) {
+  if (x.size(0) > 0 && on_grouped_gemm(x, matrices)) {
+    auto y = at::_grouped_mm(x, matrices, groups.ends);
+    if (bias.defined()) {
+      const auto row = at::arange(x.size(0), groups.ends.options());
+      const auto expert = at::bucketize(row, groups.ends, /*out_int32=*/false, /*right=*/true);
+      y.add_(bias.index_select(0, expert.clamp_max(bias.size(0) - 1)));
+    }
+    clear_tail(y, groups);
+    return y;
+  }
+  auto y = groups.tail ? at::zeros({x.size(0), matrices.size(2)}, x.options())
+                       : at::empty({x.size(0), matrices.size(2)}, x.options());
+  for_each_group(groups, [&](int64_t expert, int64_t first, int64_t rows) {
+    auto out = y.narrow(0, first, rows);
+    if (bias.defined()) {
+      at::addmm_out(out, bias[expert], x.narrow(0, first, rows), matrices[expert]);
+    } else {
+      at::mm_out(out, x.narrow(0, first, rows), matrices[expert]);
+    }
+  });
+  return y;
+}
+
+at::Tensor weight_gradient(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight,
+                           const ExpertRows& groups) {
+  if (x.size(0) > 0 && on_grouped_gemm(grad, x)) return at::_grouped_mm(grad.t(), x, groups.ends);
+  auto result = at::zeros_like(weight);
+  for_each_group(groups, [&](int64_t expert, int64_t first, int64_t rows) {
+    auto out = result[expert];
+    at::mm_out(out, grad.narrow(0, first, rows).t(), x.narrow(0, first, rows));
+  });
+  return result;
+}
+
+at::Tensor bias_gradient(const at::Tensor& grad, const at::Tensor& bias, const ExpertRows& groups) {
+  if (grad.size(0) > 0 && on_grouped_gemm(grad, grad)) {
+    // A product with ones: sums of rows without atomics. Eight columns are the fewest it takes.
+    return at::_grouped_mm(grad.t(), at::ones({grad.size(0), 8}, grad.options()), groups.ends).select(2, 0);
+  }
+  auto result = at::zeros_like(bias);
+  for_each_group(groups, [&](int64_t expert, int64_t first, int64_t rows) {
+    auto out = result[expert];
+    at::sum_out(out, grad.narrow(0, first, rows), 0);
+  });
+  return result;
+}
+
+struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& weight,
+                            const std::optional<at::Tensor>& bias, const at::Tensor& ends, std::vector<int64_t> host,
+                            bool tail) {
+    context->save_for_backward({x, weight, ends, bias.value_or(at::Tensor())});
+    context->saved_data["host"] = host;
+    context->saved_data["tail"] = tail;
+    return product(x, weight.transpose(1, 2), bias.value_or(at::Tensor()), {ends, host, tail});
+  }
+  static variable_list backward(AutogradContext* context, variable_list grads) {
+    const auto saved = context->get_saved_variables();
+    const auto &x = saved[0], &weight = saved[1], &bias = saved[3];
+    const ExpertRows groups{saved[2], context->saved_data["host"].toIntVector(), context->saved_data["tail"].toBool()};
+    const auto grad = grads[0].contiguous();
+    variable_list result(6);
+    auto later = [&](size_t index, const at::Tensor& tensor, std::function<at::Tensor()> gradient) {
+      if (!tensor.defined() || !context->needs_input_grad(index)) return;
+      if (auto* store = WeightGradients::current()) {
+        store->add(tensor, std::move(gradient));
+      } else {
+        result[index] = gradient();
+      }
+    };
+    if (context->needs_input_grad(0)) result[0] = product(grad, weight, {}, groups);
+    later(1, weight, [=] { return weight_gradient(grad, x, weight, groups); });
+    later(2, bias, [=] { return bias_gradient(grad, bias, groups); });
+    return result;
+  }
+};
+
+}  // namespace
+
+ExpertRows expert_rows(const at::Tensor& counts, bool tail) {
+  ExpertRows groups{counts.cumsum(0).to(at::kInt), {}, tail};
+  if (counts.is_cpu()) groups.host = host_ends(groups);
+  return groups;
+}
+
+at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                          const ExpertRows& groups) {
+  MCB_CHECK(x.dim() == 2 && weight.dim() == 3 && x.size(1) == weight.size(2), "grouped_linear: ", x.sizes(),
+            " rows and ", weight.sizes(), " matrices do not fit");
+  return GroupedLinear::apply(x, weight, bias.defined() ? std::optional(bias) : std::nullopt, groups.ends, groups.host,
+                              groups.tail);
+}
+
+}  // namespace mcore_bridge

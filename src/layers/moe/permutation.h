@@ -1,0 +1,34 @@
+// Rows of tokens in the order of their experts, and back.
+//
+// Shapes: t tokens, k experts per token, t * k places; n rows; h hidden.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace mcore_bridge {
+
+struct Permutation {
+  at::Tensor order;    ///< int64 [n]: the place each row comes from; t * k: none, the row is zero
+  at::Tensor inverse;  ///< int64 [t * k]: the row of each place; n: none, the place was dropped
+  int64_t topk = 1;
+  bool padded = false;  ///< there may be rows without a place and places without a row
+};
+
+/// Places sorted by expert, stably: n = t * k. experts: int64 [t, k]; a dropped place holds a number above every
+/// expert's and comes last.
+Permutation permutation(const at::Tensor& experts);
+
+/// Exactly `capacity` rows for each of `count` experts, n = count * capacity: its places, then rows without one. Places
+/// beyond the capacity must be dropped ones.
+Permutation padded_permutation(const at::Tensor& experts, int64_t count, int64_t capacity);
+
+/// x [t, h] -> [n, h]: the token of each row. Backward adds the k gradients of a token without atomics.
+at::Tensor permute_tokens(const at::Tensor& x, const Permutation& permutation);
+
+/// rows [n, h] -> [t, h]: the weighted sum of each token's rows. weights [t, k]; undefined: plain sum.
+at::Tensor unpermute_tokens(const at::Tensor& rows, const at::Tensor& weights, const Permutation& permutation);
+
+/// The number of each place [t, k] -> of each row [n]; 0 for rows without a place.
+at::Tensor by_row(const at::Tensor& places, const Permutation& permutation);
+
+}  // namespace mcore_bridge
