@@ -48,8 +48,7 @@ std::vector<PlannedParameter> planned_parameters(const Chunks& chunks, const Sel
     std::map<std::string, const GroupedParallelLinear*> experts;
     for (const auto& [name, layer] : chunk->grouped_linears()) experts[name + ".weight"] = layer;
     if (selection.merge_lora) adapter_options(*chunk, selection.adapter_name);
-    const auto& parallel = chunk->parallel();
-    const SplitRanks ranks{parallel.tp.rank(), parallel.tp.size(), parallel.etp.rank(), parallel.etp.size()};
+    const auto ranks = chunk->parallel().split_ranks();
     for (auto& plan : make_plan(selected_rules(*chunk, chunk->rules(), selection), ranks)) {
       const auto found = tensors.find(plan.name);
       TORCH_INTERNAL_ASSERT(found != tensors.end(), "the plan's ", plan.name, " is no parameter");

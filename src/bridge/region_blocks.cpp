@@ -9,7 +9,7 @@ namespace mcore_bridge {
 
 RegionBlock region_block(const HfTensor& tensor, const Region& region, const at::Tensor& parameter) {
   const auto stored = stored_box(tensor, region);
-  const auto matrix = parameter.dim() == 1 ? parameter.unsqueeze(1) : parameter.reshape({-1, parameter.size(-1)});
+  const auto matrix = parameter.reshape({-1, tensor.vector ? 1 : parameter.size(-1)});
   const auto row = matrix.stride(0), col = matrix.stride(1);
   const auto offset = matrix.storage_offset() + region.row * row + region.col * col;
   const auto turns = region.stretches;

@@ -78,6 +78,12 @@ void check_ranges(const ModelConfig& c) {
             c.window_size.size(), " numbers");
   MCB_CHECK(c.window_size.empty() || (c.window_size[0] >= -1 && (c.window_size[1] == 0 || c.window_size[1] == -1)),
             "ModelConfig.window_size: left must be -1 or more and right 0 (attention is causal)");
+  MCB_CHECK(!c.attention_chunk_size || (*c.attention_chunk_size > 0 && c.window_size.empty()),
+            "ModelConfig.attention_chunk_size: must be positive and goes with no window_size");
+  MCB_CHECK(!c.qk_layernorm_whole || c.qk_layernorm, "ModelConfig.qk_layernorm_whole: needs qk_layernorm");
+  MCB_CHECK(!c.qk_l2_norm || !c.qk_layernorm, "ModelConfig.qk_l2_norm: excludes qk_layernorm");
+  MCB_CHECK(c.softmax_type == "vanilla" || c.attention_dropout == 0,
+            "ModelConfig.attention_dropout: attention sinks (softmax_type learnable) support none; set it to 0");
   MCB_CHECK(c.window_attn_skip_freq.empty() || !c.window_size.empty(),
             "ModelConfig.window_attn_skip_freq: is given without window_size");
   if (!c.window_attn_skip_freq.empty()) c.window_attn_skip_freq.expand(c.num_layers, 0, "window_attn_skip_freq");
@@ -142,6 +148,9 @@ void check_tensor_parallel(const ModelConfig& c) {
 }
 
 void check_context_parallel(const ModelConfig& c) {
+  MCB_CHECK(
+      c.context_parallel_size == 1 || c.softmax_type == "vanilla" || c.cp_comm_type != "a2a",
+      "ModelConfig.cp_comm_type: a2a does not support attention sinks (softmax_type learnable); use p2p or all_gather");
   MCB_CHECK(!c.tp_comm_overlap || c.sequence_parallel || c.tensor_model_parallel_size == 1,
             "ModelConfig.tp_comm_overlap: needs sequence_parallel, whose gathers and reductions it overlaps");
   const auto cp = c.context_parallel_size;

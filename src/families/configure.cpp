@@ -46,6 +46,35 @@ void set_sparse_step_layers(Json& values, const Json& hf) {
   });
 }
 
+void set_layers_behind_dense_ones(Json& values, const Json& hf) {
+  const auto* types = json_find(hf, "mlp_layer_types");
+  if (!types) {
+    const auto dense = json_int(hf, "first_k_dense_replace", 0, kFile);
+    return set_moe_layers(values, hf, [&](int64_t layer) { return layer >= dense; });
+  }
+  const auto layers = json_int(hf, "num_hidden_layers", 0, kFile);
+  MCB_CHECK(types->is_array() && static_cast<int64_t>(types->size()) == layers,
+            "config.json: mlp_layer_types must list one word for each of the ", layers, " layers, found ",
+            types->dump());
+  set_moe_layers(values, hf, [&](int64_t layer) { return (*types)[static_cast<size_t>(layer)] == "sparse"; });
+}
+
+void set_shared_experts(Json& values, const Json& hf, const char* count_key) {
+  values["moe_shared_expert_intermediate_size"] =
+      json_int(hf, count_key, 0, kFile) * json_int(hf, "moe_intermediate_size", 0, kFile);
+}
+
+void set_sigmoid_router(Json& values) {
+  values["moe_router_score_function"] = "sigmoid";
+  values["moe_router_enable_expert_bias"] = true;
+}
+
+void set_window_by_layer_types(Json& values, const Json& hf) {
+  auto named = hf;
+  named["use_sliding_window"] = true;
+  if (json_find(hf, "layer_types")) set_window_on_some_layers(values, named);
+}
+
 void set_window_on_some_layers(Json& values, const Json& hf) {
   const bool on = json_bool(hf, "use_sliding_window", false, kFile) && json_find(hf, "sliding_window");
   const auto layers = json_int(hf, "num_hidden_layers", 0, kFile);

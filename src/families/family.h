@@ -17,9 +17,10 @@ struct FamilySpec {
   /// Weights of the (global) decoder layer `layer`, names relative to "decoder.layers.N." and "model.layers.N.".
   std::vector<WeightRule> (*layer_weights)(const ModelConfig& config, int64_t layer) = nullptr;
   std::string documentation;         ///< one line for the model list
-  std::string hf_prefix = "model.";  ///< before layers, embed_tokens and norm
+  std::string hf_prefix = "model.";  ///< before layers, the embedding and norm
   /// What Transformers' config class assumes for keys that config.json leaves out, where ModelConfig's default differs.
   Json hf_defaults = Json::object();
+  std::string hf_embedding = "embed_tokens";
 };
 
 /// The visible table.

@@ -40,14 +40,22 @@ std::vector<WeightRule> gqa_attention_rules(const ModelConfig& config) {
        .heads = heads}};
   if (config.add_qkv_bias) rules.push_back(bias_of(rules.back()));
   if (config.qk_layernorm) {
+    const bool whole = config.qk_layernorm_whole;
     rules.push_back({.name = "self_attention.q_layernorm.weight",
                      .hf = {"self_attn.q_norm.weight"},
-                     .rows = heads.head_dim,
+                     .rows = whole ? width : heads.head_dim,
                      .init = norm_init(config)});
     rules.push_back({.name = "self_attention.k_layernorm.weight",
                      .hf = {"self_attn.k_norm.weight"},
-                     .rows = heads.head_dim,
+                     .rows = whole ? kv_width : heads.head_dim,
                      .init = norm_init(config)});
+  }
+  if (config.softmax_type == "learnable") {
+    rules.push_back({.name = "self_attention.core_attention.softmax_offset",
+                     .hf = {"self_attn.sinks"},
+                     .rows = heads.heads,
+                     .shard = Shard::kColumn,
+                     .init = Init::kZero});
   }
   rules.push_back({.name = "self_attention.linear_proj.weight",
                    .hf = {"self_attn.o_proj.weight"},
@@ -97,7 +105,7 @@ std::vector<WeightRule> chunk_weights(const ModelConfig& config, const ChunkPlac
                       .shard = Shard::kColumn,
                       .pad_rows = true};
   };
-  const auto embedding_name = family.hf_prefix + "embed_tokens.weight";
+  const auto embedding_name = family.hf_prefix + family.hf_embedding + ".weight";
   std::vector<WeightRule> rules;
   if (place.pre_process) rules.push_back(vocabulary("embedding.word_embeddings.weight", embedding_name));
   for (int64_t local = 0; local < place.layers.count; ++local) {

@@ -8,9 +8,11 @@
 namespace mcore_bridge {
 
 const std::vector<FamilySpec>& families() {
-  static const std::vector<FamilySpec> table = {llama_family(),   qwen2_family(),     qwen3_family(),
-                                                mistral_family(), qwen2_moe_family(), qwen3_moe_family(),
-                                                mixtral_family()};
+  static const std::vector<FamilySpec> table = {
+      llama_family(),       qwen2_family(),      qwen3_family(),   mistral_family(), qwen2_moe_family(),
+      qwen3_moe_family(),   mixtral_family(),    olmoe_family(),   dots1_family(),   ernie4_5_moe_family(),
+      glm4_moe_family(),    minimax_m2_family(), gpt_oss_family(), hy_v3_family(),   llama4_text_family(),
+      bailing_moe_family(), deepseek_family()};
   return table;
 }
 

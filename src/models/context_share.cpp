@@ -11,14 +11,17 @@ std::vector<int64_t> document_ends(const ForwardInput& whole) {
   return whole.packed ? whole.packed->cu_seqlens_host : std::vector<int64_t>{0, whole.input_ids.size(1)};
 }
 
+bool padded_on_the_right(const at::Tensor& mask) {
+  const auto tokens = mask.ne(0);
+  return !tokens.slice(1, 1).logical_and(tokens.slice(1, 0, -1).logical_not()).any().item<bool>();
+}
+
 void check_right_padding(const at::Tensor& mask, const std::string& what) {
   MCB_CHECK(mask.dim() == 2, what,
             ": with context parallelism attention_mask must be [b, s] with 1 for tokens and 0 for ", "padding, found ",
             mask.sizes(), "; general masks need context_parallel_size 1");
-  const auto tokens = mask.ne(0);
-  const auto after_padding = tokens.slice(1, 1).logical_and(tokens.slice(1, 0, -1).logical_not());
   MCB_CHECK(
-      !after_padding.any().item<bool>(), what,
+      padded_on_the_right(mask), what,
       ": with context parallelism attention_mask may only mark padding on the right of the tokens; pad there, or use ",
       "packed_seq_params");
 }

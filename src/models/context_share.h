@@ -21,6 +21,8 @@ void check_context_share(const ForwardInput& whole, const ModelConfig& config, c
 /// batch itself.
 ForwardInput context_share(const ForwardInput& whole, const ParallelState& parallel);
 
+/// Of a [b, s] mask, 1 = token, 0 = padding: no token stands behind padding. Waits for the mask's device.
+bool padded_on_the_right(const at::Tensor& attention_mask);
 /// A [b, s] mask may only mark padding behind the tokens: throws ValueError otherwise. Waits for the mask's device.
 void check_right_padding(const at::Tensor& attention_mask, const std::string& what);
 

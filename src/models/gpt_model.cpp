@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <algorithm>
+
 #include "layers/cross_entropy.h"
 #include "layers/finite_check.h"
 #include "layers/offload.h"
@@ -40,6 +42,27 @@ at::Tensor default_positions(const ForwardInput& input, int64_t batch, int64_t l
   const auto starts = input.packed->cu_seqlens.to(at::kLong);
   const auto document = at::bucketize(row, starts, /*out_int32=*/false, /*right=*/true) - 1;
   return (row - starts.index_select(0, document)).unsqueeze(0);
+}
+
+int64_t longest(const std::vector<int64_t>& ends) {
+  int64_t result = 0;
+  for (size_t i = 0; i + 1 < ends.size(); ++i) result = std::max(result, ends[i + 1] - ends[i]);
+  return result;
+}
+
+/// Documents cut into pieces of at most `size` tokens.
+PackedSeqParams in_chunks(const std::vector<int64_t>& ends, int64_t size, c10::Device device) {
+  PackedSeqParams result;
+  result.cu_seqlens_host = {0};
+  for (size_t i = 0; i + 1 < ends.size(); ++i) {
+    for (auto end = ends[i]; end < ends[i + 1];) {
+      end = std::min(end + size, ends[i + 1]);
+      result.cu_seqlens_host.push_back(end);
+    }
+  }
+  result.cu_seqlens = at::tensor(result.cu_seqlens_host, at::kLong).to(at::kInt).to(device);
+  result.max_seqlen = longest(result.cu_seqlens_host);
+  return result;
 }
 
 }  // namespace
@@ -113,16 +136,30 @@ AttentionInput GPTModel::attention_input(const ForwardInput& input) const {
   if (cp.size() > 1) {
     check_zigzag(ends, cp.size(), "forward");
     result.context = context_plan(cp, parse_transport(config_.cp_comm_type), ends, window, device_);
+  } else if (config_.softmax_type == "learnable") {
+    result.context = context_plan(cp, Transport::kAllGather, ends, window, device_);
   }
+  const bool chunks = config_.attention_chunk_size && longest(ends) > *config_.attention_chunk_size;
+  MCB_CHECK(!chunks || cp.size() == 1, "forward: a document of ", longest(ends),
+            " tokens is longer than "
+            "attention_chunk_size ",
+            *config_.attention_chunk_size, ", which context_parallel_size ", cp.size(),
+            " does not support; use shorter documents or context_parallel_size 1");
+  if (chunks && !input.attention_mask.defined()) result.chunks = in_chunks(ends, *config_.attention_chunk_size, device_);
+  auto natural = [&] {
+    const auto positions = default_positions(input, batch, whole, device_);
+    return cp.size() > 1 ? zigzag_slice(positions, 1, ends, cp.size(), cp.rank()) : positions;
+  };
   if (rope_) {
-    auto positions = input.position_ids;
-    if (!positions.defined()) {
-      positions = default_positions(input, batch, whole, device_);
-      if (cp.size() > 1) positions = zigzag_slice(positions, 1, ends, cp.size(), cp.rank());
-    }
+    const auto positions = input.position_ids.defined() ? input.position_ids : natural();
     MCB_CHECK(positions.dim() == 2 && positions.size(1) == length, "forward: position_ids is ", positions.sizes(),
               ", expected [", batch, ", ", length, "]", cp.size() > 1 ? ": this rank's part of the positions" : "");
     result.rope = rope_->table(positions, input.packed ? input.packed->max_seqlen : whole);
+  }
+  if (config_.attn_scale) {  // by the place in the row, as Transformers has it, whatever position_ids say
+    const auto steps = ((natural().t().to(at::kFloat) + 1) / config_.floor_scale).floor_();
+    result.query_scale =
+        (steps.log1p_() * *config_.attn_scale + 1).to(config_.params_dtype).unsqueeze(-1).unsqueeze(-1);
   }
   if (!input.attention_mask.defined()) return result;
   if (cp.size() > 1) {
@@ -139,8 +176,15 @@ AttentionInput GPTModel::attention_input(const ForwardInput& input) const {
     // Padding attends to itself so that no row is empty.
     const auto keys = mask.to(at::kBool).unsqueeze(1).unsqueeze(1).logical_or(
         at::eye(length, at::TensorOptions(device_).dtype(at::kBool)));
+    const bool sinks = config_.softmax_type == "learnable";
+    if (sinks && padded_on_the_right(mask)) return result;  // causal attention never looks there
     result.allowed = causal_mask(length, -1, device_).logical_and(keys);
     if (window >= 0) result.allowed_in_window = causal_mask(length, window, device_).logical_and(keys);
+    if (config_.attention_chunk_size) {
+      // Chunks count from the first token on.
+      const auto chunk = (mask.ne(0).cumsum(1) - 1).clamp_min(0).floor_divide(*config_.attention_chunk_size);
+      result.allowed_in_window = chunk.unsqueeze(2).eq(chunk.unsqueeze(1)).unsqueeze(1).logical_and_(result.allowed);
+    }
   } else {
     MCB_CHECK(
         mask.dim() == 4 && mask.scalar_type() == at::kBool,
@@ -148,6 +192,11 @@ AttentionInput GPTModel::attention_input(const ForwardInput& input) const {
         mask.sizes(), " of ", mask.scalar_type());
     result.allowed = mask.logical_not();
     if (window >= 0) result.allowed_in_window = result.allowed.logical_and(causal_mask(length, window, device_));
+    if (config_.attention_chunk_size) {
+      const auto chunk =
+          at::arange(length, mask.options().dtype(at::kLong)).floor_divide(*config_.attention_chunk_size);
+      result.allowed_in_window = result.allowed.logical_and(chunk.unsqueeze(1).eq(chunk.unsqueeze(0)));
+    }
   }
   return result;
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "mcore_bridge/error.h"
+#include "plan/plan.h"
 
 namespace mcore_bridge {
 
@@ -57,5 +58,7 @@ ParallelStatePtr ParallelState::planned(const Topology& topology, int rank) {
   }
   return create(topology, rank, groups);
 }
+
+SplitRanks ParallelState::split_ranks() const { return {tp.rank(), tp.size(), etp.rank(), etp.size()}; }
 
 }  // namespace mcore_bridge

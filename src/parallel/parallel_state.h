@@ -9,6 +9,8 @@
 
 namespace mcore_bridge {
 
+struct SplitRanks;
+
 struct ParallelState {
   Topology topology;
   int rank = 0;
@@ -28,6 +30,7 @@ struct ParallelState {
   const Group& way(int from, int to) const { return from < to ? pp : pp_back; }
   /// The ranks that hold the same of a parameter: experts have replicas of their own.
   const Group& replicas(bool expert) const { return expert ? edp : dp_cp; }
+  SplitRanks split_ranks() const;  ///< places of this rank among those a matrix is split over (plan/plan.h)
   bool is_first_stage() const { return place.pp == 0; }
   bool is_last_stage() const { return place.pp == topology.sizes().pipeline - 1; }
 };

@@ -66,10 +66,10 @@ void add_lora(const Chunks& chunks, const LoraOptions& options, const std::strin
       if (!adapter && (first_adapter || saved)) parameter.tensor.set_requires_grad(saved);
       parameters[parameter.name] = parameter.tensor;
     }
-    const auto& tp = chunk->parallel().tp;
+    const auto ranks = chunk->parallel().split_ranks();
     for (const auto& rule : adapter_rules(rules, options, adapter_name)) {
       if (rule.init != WeightRule::Init::kKaimingUniform || chunk->device().is_meta()) continue;
-      initialize_parameter(parameters.at(rule.name), plan_parameter(rule, tp.rank(), tp.size()), options.seed, 0.0, 1);
+      initialize_parameter(parameters.at(rule.name), plan_parameter(rule, ranks), options.seed, 0.0, 1);
     }
   }
 }

@@ -35,6 +35,7 @@ VARIANTS = {
     "full": dict(),
     "balance": dict(fields=BALANCE),
     "packed": dict(packed="padded"),  # documents a context-parallel rank can cut; ranks have unlike numbers of tokens
+    "crowded": dict(crowded=3),  # all tokens to three experts of one rank: others have none
     "lora": dict(lora=dict(r=4, lora_alpha=8)),
     "recompute": dict(fields=dict(recompute_granularity="full", recompute_num_layers=1), lora=dict(r=4, lora_alpha=8)),
 }
@@ -52,6 +53,9 @@ FAST = {("full", name) for name, _, _ in LAYOUTS} | {
     ("balance", "ep2_cp2"),
     ("packed", "ep4"),
     ("packed", "ep2_etp2_without_tp"),
+    ("crowded", "ep4"),
+    ("crowded", "ep2_allgather"),
+    ("crowded", "ep2_tp2_sp"),
     ("lora", "ep2_etp2"),
     ("lora", "ep2_etp2_without_tp"),
     ("recompute", "ep2_pp2"),

@@ -113,6 +113,14 @@ def direct_forward(models, batch, state):
     return dict(loss=total, gradients={name: parameter.grad.clone() for name, parameter in model.named_parameters()})
 
 
+def crowd(models, topk, state):
+    """From now on every token of the 2 x 16 ones goes to the first `topk` experts, wherever those are."""
+    tokens = 32 // state.cp_size // (state.tp_size if models[0].config.sequence_parallel else 1)
+    choice = torch.arange(topk).expand(tokens, topk)
+    for model in models:
+        model.engine.replay_routing([[choice] * 500 for _ in range(model.engine.num_routers)])
+
+
 def run(case, folder):
     layout = case.get("layout", {})
     mb.initialize_model_parallel(**{LAYOUT_ARGUMENTS[key]: value for key, value in layout.items() if key in LAYOUT_ARGUMENTS})
@@ -153,6 +161,8 @@ def run(case, folder):
         },
     )
     memory = trainer.memory
+    if case.get("crowded"):
+        crowd(models, case["crowded"], state)
     total = case.get("micro_batches", 4)
     share = total // state.dp_size
     losses, norms, loss_tokens = [], [], []

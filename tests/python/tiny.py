@@ -55,11 +55,64 @@ FAMILIES = {
 
 _EXPERTS = dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=40)
 
+_SIGMOID = dict(
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    moe_intermediate_size=40,
+    n_shared_experts=2,
+    first_k_dense_replace=1,
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+)
+_HALF = dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5)
+
 # Mixtures of experts. Layers without experts and every peculiarity of a family occur.
 MOE_FAMILIES = {
     "qwen3_moe": ("qwen3_moe", dict(_EXPERTS, norm_topk_prob=True, mlp_only_layers=[1])),
     "qwen2_moe": ("qwen2_moe", dict(_EXPERTS, shared_expert_intermediate_size=56, decoder_sparse_step=2)),
     "mixtral": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=9)),
+    "olmoe": ("olmoe", dict(num_experts=8, num_experts_per_tok=3, norm_topk_prob=True, clip_qkv=1.5)),
+    "dots1": (
+        "dots1",
+        dict(_SIGMOID, n_group=4, topk_group=2, sliding_window=6, layer_types=["full_attention", "sliding_attention"] * 2),
+    ),
+    "glm4_moe": ("glm4_moe", dict(_SIGMOID, n_group=2, topk_group=1, use_qk_norm=True, attention_bias=True, rope_parameters=_HALF)),
+    "glm4_moe_air": ("glm4_moe", dict(_SIGMOID, use_qk_norm=False, rope_parameters=_HALF)),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        dict(moe_num_experts=8, moe_k=3, moe_intermediate_size=40, moe_num_shared_experts=2, moe_layer_end_index=2, use_bias=False),
+    ),
+    "minimax_m2": (
+        "minimax_m2",
+        dict(num_local_experts=8, num_experts_per_tok=3, rope_parameters=dict(_HALF, rope_theta=5e6)),
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        dict(num_local_experts=8, num_experts_per_tok=3, sliding_window=6, swiglu_limit=0.5, rope_parameters=dict(_YARN, truncate=False)),
+    ),
+    "hy_v3": (
+        "hy_v3",
+        dict(
+            _EXPERTS,
+            num_shared_experts=2,
+            router_scaling_factor=1.7,
+            mlp_layer_types=["dense", "sparse", "sparse", "dense"],
+            enable_moe_fp32_combine=False,
+        ),
+    ),
+    "llama4": (
+        "llama4_text",
+        dict(
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            intermediate_size_mlp=72,
+            interleave_moe_layer_step=2,
+            attention_chunk_size=8,
+            floor_scale=4,
+            attn_scale=0.3,
+            no_rope_layer_interval=2,
+        ),
+    ),
 }
 ALL_FAMILIES = {**FAMILIES, **MOE_FAMILIES}
 
@@ -80,7 +133,7 @@ def build(name, **overrides):
     """A random float32 model of one of ALL_FAMILIES."""
     model_type, changes = ALL_FAMILIES[name]
     fields = {**_COMMON, **changes, **overrides}
-    if model_type in ("qwen2", "qwen2_moe"):
+    if model_type in ("qwen2", "qwen2_moe", "olmoe", "ernie4_5_moe"):
         fields.pop("head_dim")  # derived there
         fields["hidden_size"] = 96
     config = AutoConfig.for_model(model_type, **in_this_version(fields))

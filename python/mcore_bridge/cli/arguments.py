@@ -43,6 +43,7 @@ class ModelArguments:
         "p2p", "how keys and values reach the processes of a sequence: around a ring, all to all, or heads are split instead"
     )
     expert_model_parallel_size: int = flag(1, "processes the experts are split over")
+    expert_tensor_parallel_size: int = flag(1, "processes each expert's matrices are split over")
     virtual_pipeline_model_parallel_size: Optional[int] = flag(None, "chunks of layers per pipeline process (interleaved)")
     num_layers_per_virtual_pipeline_stage: Optional[int] = flag(None, "instead: layers of one chunk")
     microbatch_group_size_per_vp_stage: Optional[int] = flag(None, "micro-batches a chunk takes in a row; default: pipeline size")
@@ -58,6 +59,20 @@ class ModelArguments:
     decoder_last_pipeline_num_layers: Optional[int] = flag(None, "layers of the last stage when uneven")
     account_for_embedding_in_pipeline_split: bool = flag(False, "count the embedding as a layer")
     account_for_loss_in_pipeline_split: bool = flag(False, "count the output layer as a layer")
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = flag(
+        "alltoall", "how tokens reach their experts; allgather: more traffic, no wait for the device", "Mixture of experts"
+    )
+    moe_router_dtype: Literal["none", "fp32", "fp64"] = flag("fp32", "precision of the router's product; none: of the weights")
+    moe_router_load_balancing_type: Strings = flag(
+        ["aux_loss"], "one or more of aux_loss seq_aux_loss global_aux_loss, or sinkhorn, or none"
+    )
+    moe_aux_loss_coeff: List[float] = flag([0.0], "weight of the balance loss; one number, or one for each type")
+    moe_z_loss_coeff: Optional[float] = flag(None, "weight of the router's z loss")
+    moe_expert_capacity_factor: Optional[float] = flag(
+        None, "an expert takes at most so many times its even share of the tokens; default: all of them"
+    )
+    moe_token_drop_policy: Literal["probs", "position"] = flag("probs", "what a full expert drops: small weights, or late tokens")
+    moe_pad_expert_input_to_capacity: bool = flag(False, "every expert gets exactly its capacity, filled up with zeros")
 
 
 @dataclass

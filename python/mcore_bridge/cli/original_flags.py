@@ -27,7 +27,7 @@ NEUTRAL = {
     "use_persistent_ckpt_worker": None, "use_cpu_initialization": None, "dist_ckpt_save_pre_mcore_014": None,
     "dist_ckpt_optim_fully_reshardable": None, "distrib_optim_fully_reshardable_mem_efficient": None, "device_map": None,
     # parallelism
-    "expert_tensor_parallel_size": [1], "overlap_param_gather_with_optimizer_step": None, "align_param_gather": None, "align_grad_reduce": None,
+    "overlap_param_gather_with_optimizer_step": None, "align_param_gather": None, "align_grad_reduce": None,
     "overlap_p2p_comm": None, "batch_p2p_comm": None, "nccl_comm_warmup": None,
     "cp_partition_mode": ["zigzag"], "sequence_packing_scheduler": [], "ddp_backend": None, "ddp_timeout": None,
     # logging
@@ -37,10 +37,8 @@ NEUTRAL = {
     "fp16": [], "bf16": [], "attention_softmax_in_fp32": None, "apply_query_key_layer_scaling": [False],
     "fp8_format": [], "fp8_recipe": ["delayed"], "fp8_param_gather": [False],
     "fp8_amax_history_len": None, "fp8_amax_compute_algo": None, "fp4_format": [], "fp4_recipe": None, "fp4_param_gather": [False],
-    "moe_router_load_balancing_type": [], "moe_router_dtype": ["fp32"], "moe_token_dispatcher_type": None, "moe_enable_deepep": [False],
-    "moe_grouped_gemm": None, "moe_permute_fusion": None, "moe_aux_loss_coeff": ["0", "0.0"], "moe_z_loss_coeff": [],
-    "moe_layer_recompute": [False], "moe_shared_expert_overlap": None, "moe_expert_capacity_factor": [],
-    "moe_pad_expert_input_to_capacity": [False], "moe_token_drop_policy": ["probs"], "dsa_indexer_loss_coeff": ["0", "0.0"],
+    "moe_enable_deepep": [False], "moe_grouped_gemm": None, "moe_permute_fusion": None,
+    "moe_layer_recompute": [False], "moe_shared_expert_overlap": None, "dsa_indexer_loss_coeff": ["0", "0.0"],
     "dsa_indexer_use_sparse_loss": [False], "apply_dsa_kernel_fusion": None, "csa_dense_mode": [False], "use_fused_mhc": None,
     "mhc_recompute_layer_num": [], "mtp_num_layers": [0], "mtp_loss_scaling_factor": None, "mtp_decoder_input_detach": [False],
     "mtp_shared_weights": [False],

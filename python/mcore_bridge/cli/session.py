@@ -66,6 +66,18 @@ RUN_FIELDS = (
     "deterministic_mode",
 )
 
+MOE_FIELDS = (
+    "expert_tensor_parallel_size",
+    "moe_token_dispatcher_type",
+    "moe_router_dtype",
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_expert_capacity_factor",
+    "moe_token_drop_policy",
+    "moe_pad_expert_input_to_capacity",
+)
+
 
 def config_fields_of(arguments, fields, folder, **more):
     """ModelConfig fields of this run but the parallel sizes: what config.json says (`fields`), then the flags. `more` and
@@ -86,7 +98,8 @@ def config_fields_of(arguments, fields, folder, **more):
         pipeline_model_parallel_layout=arguments.pipeline_model_parallel_layout,
         pipeline_schedule=arguments.pipeline_schedule,
     )
-    for name in RUN_FIELDS:
+    experts = MOE_FIELDS if fields.get("num_moe_experts") else ()
+    for name in (*RUN_FIELDS, *experts):
         if hasattr(arguments, name):
             flags[name] = getattr(arguments, name)
     return {**fields, **flags, **more, **arguments.megatron_extra_kwargs}
@@ -105,6 +118,7 @@ def build_config(arguments, folder):
     # Before the processes are looked at: errors about the model, not the machine.
     mb.check_layout(fields, processes=get_dist_setting()[2], **run)
     config = mb.ModelConfig(**fields)
+    sizes["expert_tensor_parallel_size"] = config.expert_tensor_parallel_size
     sizes["virtual_pipeline_model_parallel_size"] = config.virtual_pipeline_model_parallel_size  # a layout decides it, too
     mb.initialize_model_parallel(**sizes, distributed_timeout_minutes=getattr(arguments, "distributed_timeout_minutes", 30))
     return config

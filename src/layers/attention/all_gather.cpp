@@ -14,18 +14,20 @@ using torch::autograd::variable_list;
 
 /// Keys and values of the whole row in natural order: [s * cp, 2, b, g, d].
 at::Tensor gathered(const at::Tensor& k, const at::Tensor& v, const ContextPlan& plan) {
-  return plan.group.all_gather(at::stack({k, v}, 1)).index_select(0, plan.natural);
+  const auto here = at::stack({k, v}, 1);
+  return plan.natural.defined() ? plan.group.all_gather(here).index_select(0, plan.natural) : here;
 }
 
 struct AllGather : Function<AllGather> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                            const ContextPlanPtr* plan, bool window) {
+                            const std::optional<at::Tensor>& sinks, const ContextPlanPtr* plan, bool window) {
     const auto kv = gathered(k, v, **plan);
     auto sum = PartialAttention::none(q);
     attend(sum, q, kv.select(1, 0), kv.select(1, 1), (*plan)->tiles(window)[0]);
+    if (sinks) attend_to_sinks(sum, *sinks);
     const auto out = sum.out.to(q.scalar_type());
     keep_plan(context, *plan, window);
-    context->save_for_backward({q, k, v, out, sum.log_sum});
+    context->save_for_backward({q, k, v, out, sum.log_sum, sinks.value_or(at::Tensor())});
     return out;
   }
 
@@ -40,16 +42,23 @@ struct AllGather : Function<AllGather> {
     const auto dkv = at::zeros(kv.sizes(), sums);
     auto dk = dkv.select(1, 0), dv = dkv.select(1, 1);
     attend_backward(whole, kv.select(1, 0), kv.select(1, 1), plan.tiles(kept.window)[0], dq, dk, dv);
-    const auto mine = plan.group.reduce_scatter(dkv.index_select(0, plan.rank_major)).to(saved[1].scalar_type());
-    return {dq.to(saved[0].scalar_type()), mine.select(1, 0), mine.select(1, 1), Variable(), Variable()};
+    const auto summed =
+        plan.natural.defined() ? plan.group.reduce_scatter(dkv.index_select(0, plan.rank_major)) : dkv;
+    const auto mine = summed.to(saved[1].scalar_type());
+    return {dq.to(saved[0].scalar_type()),
+            mine.select(1, 0),
+            mine.select(1, 1),
+            saved[5].defined() ? sinks_gradient(whole, saved[5]) : Variable(),
+            Variable(),
+            Variable()};
   }
 };
 
 }  // namespace
 
 at::Tensor all_gather_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                const ContextPlanPtr& plan, bool window) {
-  return AllGather::apply(q, k, v, &plan, window);
+                                const ContextPlanPtr& plan, bool window, const at::Tensor& sinks) {
+  return AllGather::apply(q, k, v, sinks.defined() ? std::optional(sinks) : std::nullopt, &plan, window);
 }
 
 }  // namespace mcore_bridge

@@ -30,7 +30,7 @@ ContextPlanPtr context_plan(const Group& group, Transport transport, std::vector
   };
   plan->full = sets(-1);
   if (window >= 0) plan->windowed = sets(window);
-  if (transport != Transport::kRing) {
+  if (transport != Transport::kRing && size > 1) {
     const auto order = zigzag_order(plan->ends, size);
     std::vector<int64_t> inverse(order.size());
     for (size_t i = 0; i < order.size(); ++i) inverse[static_cast<size_t>(order[i])] = static_cast<int64_t>(i);

@@ -4,6 +4,9 @@
 #include <ATen/Context.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 
+#include <cmath>
+#include <limits>
+
 #include "layers/attention/all_gather.h"
 #include "layers/attention/all_to_all.h"
 #include "layers/attention/ring.h"
@@ -72,7 +75,7 @@ at::Tensor core_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
   const bool half = q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16;
   const bool flash = q.is_cuda() && half && q.size(-1) <= 256 && q.size(-1) % 8 == 0;
   if (packed) {
-    if (flash) return flash_attention(q, k, v, packed, options.window_left, dropout);
+    if (flash && q.size(1) == 1) return flash_attention(q, k, v, packed, options.window_left, dropout);
     std::vector<at::Tensor> documents;
     const auto& ends = packed->cu_seqlens_host;
     for (size_t i = 0; i + 1 < ends.size(); ++i) {
@@ -111,14 +114,29 @@ at::Tensor attention_by_heads(const at::Tensor& q, const at::Tensor& k, const at
 
 }  // namespace
 
+at::Tensor masked_attention_with_sinks(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                       const at::Tensor& allowed, const at::Tensor& sinks) {
+  const auto s = q.size(0), b = q.size(1), n = q.size(2), d = q.size(3), g = k.size(2);
+  const auto type = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto queries = q.permute({1, 2, 0, 3}).reshape({b, g, n / g * s, d});
+  const auto keys = k.permute({1, 2, 3, 0}), values = v.permute({1, 2, 0, 3});
+  auto scores = at::matmul(queries, keys).to(type).view({b, n, s, s}) / std::sqrt(static_cast<double>(d));
+  scores = scores.masked_fill(allowed.logical_not(), -std::numeric_limits<double>::infinity());
+  const auto sink = sinks.to(type).view({1, n, 1, 1}).expand({b, n, s, 1});
+  const auto weights = at::cat({scores, sink}, -1).softmax(-1).narrow(-1, 0, s).to(v.scalar_type());
+  const auto out = at::matmul(weights.reshape({b, g, n / g * s, s}), values).view({b, n, s, d});
+  return out.permute({2, 0, 1, 3}).flatten(-2);
+}
+
 at::Tensor context_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionInput& input,
-                             bool window, const CoreAttentionOptions& options, bool training) {
+                             bool window, const CoreAttentionOptions& options, bool training, const at::Tensor& sinks) {
   switch (input.context->transport) {
     case Transport::kRing:
-      return ring_attention(q, k, v, input.context, window).flatten(-2);
+      return ring_attention(q, k, v, input.context, window, sinks).flatten(-2);
     case Transport::kAllGather:
-      return all_gather_attention(q, k, v, input.context, window).flatten(-2);
+      return all_gather_attention(q, k, v, input.context, window, sinks).flatten(-2);
     case Transport::kAllToAll:
+      TORCH_INTERNAL_ASSERT(!sinks.defined());
       return attention_by_heads(q, k, v, input, options, training).flatten(-2);
   }
   return {};

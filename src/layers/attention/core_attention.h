@@ -19,9 +19,15 @@ namespace mcore_bridge {
 struct AttentionInput {
   RopeTable rope;
   std::optional<PackedSeqParams> packed;
-  /// bool [b, 1, s, s], true = attend; undefined when causality alone decides. Index 1: with the sliding window.
+  /// bool [b, 1, s, s], true = attend; undefined when causality alone decides. The second one is for layers with a
+  /// sliding window or chunks.
   at::Tensor allowed, allowed_in_window;
-  ContextPlanPtr context;  ///< null without context parallelism
+  /// For layers with chunks (ModelConfig::attention_chunk_size): the documents, or the row, cut into them. Without:
+  /// nothing is longer than a chunk, or `allowed_in_window` says it.
+  std::optional<PackedSeqParams> chunks;
+  at::Tensor query_scale;  ///< [s, b or 1, 1, 1] for layers without RoPE (ModelConfig::attn_scale)
+  /// Null without context parallelism, unless the model has attention sinks, whose layers always work by tiles.
+  ContextPlanPtr context;
 };
 
 /// Window of keys to the left (tokens besides the own one); -1: unbounded.
@@ -35,10 +41,14 @@ at::Tensor core_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
                           const std::optional<PackedSeqParams>& packed, const CoreAttentionOptions& options,
                           bool training);
 
-/// The same for this rank's part of the sequence, collective over the context-parallel ranks. `window`: the layer has
-/// the sliding window of options.window_left.
+/// Every head has one more key of score `sinks` [n] and value 0, under any mask `allowed`. Holds all scores.
+at::Tensor masked_attention_with_sinks(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                       const at::Tensor& allowed, const at::Tensor& sinks);
+
+/// core_attention for this rank's part of the sequence, collective over the context-parallel ranks. `window`: the layer
+/// has the sliding window of options.window_left. `sinks` [n] or undefined: see masked_attention_with_sinks.
 at::Tensor context_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionInput& input,
-                             bool window, const CoreAttentionOptions& options, bool training);
+                             bool window, const CoreAttentionOptions& options, bool training, const at::Tensor& sinks);
 /// Of core_attention with these local heads, its three inputs included unless they are kept.
 struct CoreAttentionInputs {
   bool q_kept = false, k_kept = false, v_kept = false;

@@ -15,7 +15,7 @@ using torch::autograd::variable_list;
 
 struct Ring : Function<Ring> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                            const ContextPlanPtr* plan, bool window) {
+                            const std::optional<at::Tensor>& sinks, const ContextPlanPtr* plan, bool window) {
     const auto& group = (*plan)->group;
     const auto& steps = (*plan)->tiles(window);
     auto sum = PartialAttention::none(q);
@@ -26,9 +26,10 @@ struct Ring : Function<Ring> {
       attend(sum, q, kv.here()[0], kv.here()[1], steps[step]);
       if (!last) kv.arrive();
     }
+    if (sinks) attend_to_sinks(sum, *sinks);
     const auto out = sum.out.to(q.scalar_type());
     keep_plan(context, *plan, window);
-    context->save_for_backward({q, k, v, out, sum.log_sum});
+    context->save_for_backward({q, k, v, out, sum.log_sum, sinks.value_or(at::Tensor())});
     return out;
   }
 
@@ -58,15 +59,20 @@ struct Ring : Function<Ring> {
     }
     dkv.arrive();
     const auto type = saved[1].scalar_type();
-    return {dq.to(saved[0].scalar_type()), dkv.here()[0].to(type), dkv.here()[1].to(type), Variable(), Variable()};
+    return {dq.to(saved[0].scalar_type()),
+            dkv.here()[0].to(type),
+            dkv.here()[1].to(type),
+            saved[5].defined() ? sinks_gradient(whole, saved[5]) : Variable(),
+            Variable(),
+            Variable()};
   }
 };
 
 }  // namespace
 
 at::Tensor ring_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const ContextPlanPtr& plan,
-                          bool window) {
-  return Ring::apply(q, k, v, &plan, window);
+                          bool window, const at::Tensor& sinks) {
+  return Ring::apply(q, k, v, sinks.defined() ? std::optional(sinks) : std::nullopt, &plan, window);
 }
 
 }  // namespace mcore_bridge

@@ -23,6 +23,10 @@ SelfAttention::SelfAttention(const ModelConfig& config, ParallelStatePtr paralle
   rope_ = config.has_rope(layer);
   interleaved_ = config.rotary_interleaved;
   window_ = config.has_window(layer);
+  chunks_ = rope_ && config.attention_chunk_size.has_value();
+  scales_queries_ = !rope_ && config.attn_scale.has_value();
+  clip_ = config.clip_qkv;
+  epsilon_ = config.layernorm_epsilon;
   core_ = {.window_left = window_ ? config.window_size.at(0) : -1, .dropout = config.attention_dropout};
   const auto width = heads.heads * heads.head_dim;
   qkv_ = std::make_unique<ParallelLinear>(LinearOptions{.in = config.hidden_size,
@@ -44,13 +48,20 @@ SelfAttention::SelfAttention(const ModelConfig& config, ParallelStatePtr paralle
                                                          .sequence_parallel = config.sequence_parallel,
                                                          .overlap = config.tp_comm_overlap},
                                            parallel, tensor_options);
-  if (config.qk_layernorm) {
-    const NormOptions norm{.size = heads.head_dim,
-                           .epsilon = config.layernorm_epsilon,
-                           .zero_centered = config.layernorm_zero_centered_gamma,
-                           .sum_over_tp = tp > 1};  // each rank sees its own heads only
-    q_norm_ = std::make_unique<Norm>(norm, tensor_options);
-    k_norm_ = std::make_unique<Norm>(norm, tensor_options);
+  if (config.softmax_type == "learnable") sinks_ = at::empty({local_.heads}, tensor_options).requires_grad_(true);
+  if (rope_ && config.qk_l2_norm) l2_norm_ = at::ones({heads.head_dim}, tensor_options);
+  if (!config.qk_layernorm) return;
+  const bool whole = config.qk_layernorm_whole;
+  NormOptions norm{.size = whole ? width : heads.head_dim,
+                   .epsilon = config.layernorm_epsilon,
+                   .zero_centered = config.layernorm_zero_centered_gamma,
+                   .sum_over_tp = tp > 1};  // each rank sees its own heads only
+  q_norm_ = std::make_unique<Norm>(norm, tensor_options);
+  if (whole) norm.size = heads.groups * heads.head_dim;
+  k_norm_ = std::make_unique<Norm>(norm, tensor_options);
+  if (whole) {
+    whole_norm_ = WholeQkNormOptions{
+        .local = local_, .heads = heads.heads, .groups = heads.groups, .tp = parallel->tp, .norm = q_norm_->options()};
   }
 }
 
@@ -64,10 +75,33 @@ std::vector<Module::Child> SelfAttention::children() const {
   return result;
 }
 
+std::vector<NamedParameter> SelfAttention::own_parameters() const {
+  if (!sinks_.defined()) return {};
+  const bool split = parallel_->tp.size() > 1;
+  return {{"core_attention.softmax_offset", sinks_, {.tp_split = split, .no_weight_decay = true}}};
+}
+
 at::Tensor SelfAttention::core(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                const AttentionInput& input) const {
-  if (input.context) return context_attention(q, k, v, input, window_, core_, training());
-  return core_attention(q, k, v, window_ ? input.allowed_in_window : input.allowed, input.packed, core_, training());
+  const auto& allowed = window_ || chunks_ ? input.allowed_in_window : input.allowed;
+  if (sinks_.defined() && allowed.defined()) return masked_attention_with_sinks(q, k, v, allowed, sinks_);
+  if (input.context) return context_attention(q, k, v, input, window_, core_, training(), sinks_);
+  const auto& documents = chunks_ && input.chunks ? input.chunks : input.packed;
+  return core_attention(q, k, v, allowed, documents, core_, training());
+}
+
+at::Tensor SelfAttention::prepared(const at::Tensor& mixed) const {
+  auto result = mixed;
+  if (whole_norm_) {
+    const auto& o = *whole_norm_;
+    auto own = [&](const at::Tensor& weight, int64_t heads, int64_t copies) {
+      const auto width = heads * local_.head_dim;
+      return weight.narrow(0, parallel_->tp.rank() / copies * width, width);
+    };
+    result = whole_qk_norm(result, own(q_norm_->weight(), local_.heads, 1),
+                           own(k_norm_->weight(), local_.groups, o.copies()), o);
+  }
+  return clip_ ? result.clamp(-*clip_, *clip_) : result;
 }
 
 at::Tensor SelfAttention::attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -90,12 +124,17 @@ LinearOutput SelfAttention::forward(const at::Tensor& x_sbh, const AttentionInpu
     split.sin = input.rope.sin;
     split.interleaved = interleaved_;
   }
-  if (q_norm_) {
+  if (l2_norm_.defined()) {
+    // The norm of a head does not change when it turns, so that it may come first.
+    split.q_weight = split.k_weight = l2_norm_;
+    split.norm = {.epsilon = epsilon_};
+  } else if (q_norm_ && !whole_norm_) {
     split.q_weight = q_norm_->weight();
     split.k_weight = k_norm_->weight();
     split.norm = q_norm_->options();
   }
-  const auto [q, k, v] = split_qkv(mixed, split);
+  auto [q, k, v] = split_qkv(prepared(mixed), split);
+  if (scales_queries_) q = q * input.query_scale;
   for (const auto& kept : {mixed, q, k, v}) ActivationOffload::keep(kept);
   return {proj_->forward(attend(q, k, v, input)), x};
 }
@@ -107,12 +146,14 @@ Footprint SelfAttention::footprint(const ActivationShape& shape) const {
   inner.input_kept = false;
   inner.input_grad = result.output_grad;
   // The norms' backward reads the fused projection, and v stays a view of it; else all three are copied out of it.
-  const bool norm = q_norm_ != nullptr;
+  const bool norm = (q_norm_ && !whole_norm_) || l2_norm_.defined();
   // On the CPU heads that neither turn nor are normalised are views as well, where their strides allow it.
   const bool views = !shape.fused && !rope_ && !norm;
   const CoreAttentionInputs kept{
       .q_kept = views && (local_.groups == 1 || local_.groups == local_.heads), .k_kept = views, .v_kept = norm};
   if (inner.input_grad && (norm || views)) result.saved += fused;
+  if (inner.input_grad && whole_norm_) result.saved += fused;  // the row in front of the norm
+  if (inner.input_grad && clip_) result.saved += fused;
   auto core = shape.context > 1 ? context_attention_footprint(local_, kept, core_, transport_, inner)
                                 : core_attention_footprint(local_, kept, core_, inner);
   core.workspace = std::max(core.workspace, 2 * fused);

@@ -82,9 +82,11 @@ std::vector<Tile> ring_tiles(const std::vector<int64_t>& ends, int cp, int rank,
 std::vector<Tile> gathered_tiles(const std::vector<int64_t>& ends, int cp, int rank, int64_t window) {
   std::vector<Tile> tiles;
   for (size_t i = 0; i + 1 < ends.size(); ++i) {
-    const auto length = ends[i + 1] - ends[i], chunk = length / (2 * cp);
+    const auto length = ends[i + 1] - ends[i];
+    const int parts = cp == 1 ? 1 : 2;  // one rank has whole documents, of any length
+    const auto chunk = length / (parts * cp);
     const int64_t queries[] = {rank, 2 * cp - 1 - rank};
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < parts; ++half) {
       append(tiles, {.q_first = ends[i] / cp + half * chunk,
                      .q_count = chunk,
                      .k_first = ends[i],

@@ -301,6 +301,19 @@ void attend(PartialAttention& sum, const at::Tensor& q, const at::Tensor& k, con
   }
 }
 
+void attend_to_sinks(PartialAttention& sum, const at::Tensor& sinks) {
+  const auto total = at::logaddexp(sum.log_sum, sinks.to(sum.log_sum.scalar_type()));
+  sum.out.mul_((sum.log_sum - total).exp_().unsqueeze(-1));
+  sum.log_sum = total;
+}
+
+at::Tensor sinks_gradient(const AttentionGradient& whole, const at::Tensor& sinks) {
+  const auto type = whole.log_sum.scalar_type();
+  const auto delta = (whole.grad_out.to(type) * whole.out.to(type)).sum(-1);
+  const auto weights = (sinks.to(type) - whole.log_sum).exp_();
+  return weights.mul_(delta).sum(at::IntArrayRef{0, 1}).neg_().to(sinks.scalar_type());
+}
+
 void attend_backward(const AttentionGradient& whole, const at::Tensor& k, const at::Tensor& v, const TileSet& tiles,
                      at::Tensor& dq, at::Tensor& dk, at::Tensor& dv) {
   if (flash_on_gpu(whole.q)) {

@@ -44,6 +44,10 @@ struct PartialAttention {
 /// Adds the tiles' keys to `sum`. No gradients.
 void attend(PartialAttention& sum, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const TileSet& tiles);
 
+/// One more key for every query, of score `sinks` [n] and value 0 (gpt-oss): after all tiles. attend_backward is then
+/// right as it is, given the `out` and `log_sum` this leaves.
+void attend_to_sinks(PartialAttention& sum, const at::Tensor& sinks);
+
 /// What backward knows of the whole attention: its result (in q's dtype), log-sum-exp, and the result's gradient.
 struct AttentionGradient {
   at::Tensor q, out, log_sum, grad_out;
@@ -52,5 +56,8 @@ struct AttentionGradient {
 /// Adds the tiles' share of the gradients to dq, dk, dv (dtype of PartialAttention).
 void attend_backward(const AttentionGradient& whole, const at::Tensor& k, const at::Tensor& v, const TileSet& tiles,
                      at::Tensor& dq, at::Tensor& dk, at::Tensor& dv);
+
+/// The gradient of `sinks`, in its dtype.
+at::Tensor sinks_gradient(const AttentionGradient& whole, const at::Tensor& sinks);
 
 }  // namespace mcore_bridge

@@ -56,15 +56,7 @@ class Coverage {
   std::map<std::string, std::vector<int>> owned_;
 };
 
-/// What a family calls its number of experts.
-struct ExpertKeys {
-  std::map<std::string, std::string> keys = {{"mixtral", "num_local_experts"}};
-  std::string at(const std::string& family) const {
-    const auto found = keys.find(family);
-    return found != keys.end() ? found->second : family.find("moe") != std::string::npos ? "num_experts" : "unused";
-  }
-};
-const ExpertKeys kExperts;
+const std::set<std::string> kDense = {"llama", "mistral", "qwen2", "qwen3"};
 
 /// Places of the experts' ranks beside those of the dense layers: any split works for the plan alone.
 struct Ranks {
@@ -106,14 +98,17 @@ ModelConfig tiny(const std::string& family, int groups, bool tied, int tp, int p
                                       {"num_hidden_layers", 6},
                                       {"num_attention_heads", 12},
                                       {"num_key_value_heads", groups},
-                                      {"head_dim", 2},
+                                      {"head_dim", 4},
                                       {"vocab_size", 29},
                                       {"tie_word_embeddings", tied},
                                       {"attention_bias", true},
                                       {"num_experts_per_tok", 2},
                                       {"moe_intermediate_size", 12},
                                       {"shared_expert_intermediate_size", 24},
-                                      {kExperts.at(family), 4},
+                                      {kDense.contains(family) ? "unused" : "num_experts", 4},
+                                      {"n_shared_experts", 2},
+                                      {"num_shared_experts", 2},
+                                      {"intermediate_size_mlp", 24},
                                       {"mlp_bias", true}});
   fields["tensor_model_parallel_size"] = tp;
   fields["sequence_parallel"] = true;
