@@ -85,7 +85,9 @@ def run_all(family, overrides, variants, chosen, work):
                 continue
             for variant, case in variants.items():
                 if (variant, name) in chosen:
-                    cases.append(merged(dict(name=f"{variant}-{name}", steps=STEPS, save=str(work / f"{variant}-{name}"), **case), layout))
+                    cases.append(
+                        merged(dict(name=f"{variant}-{name}", steps=STEPS, save=str(work / f"{variant}-{name}"), **case), layout)
+                    )
             if ("full", name) in chosen:
                 cases.append(dict(name=f"untouched-{name}", steps=0, layout=layout, save=str(work / f"untouched-{name}")))
         if cases:

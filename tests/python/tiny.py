@@ -76,11 +76,16 @@ MOE_FAMILIES = {
         "dots1",
         dict(_SIGMOID, n_group=4, topk_group=2, sliding_window=6, layer_types=["full_attention", "sliding_attention"] * 2),
     ),
-    "glm4_moe": ("glm4_moe", dict(_SIGMOID, n_group=2, topk_group=1, use_qk_norm=True, attention_bias=True, rope_parameters=_HALF)),
+    "glm4_moe": (
+        "glm4_moe",
+        dict(_SIGMOID, n_group=2, topk_group=1, use_qk_norm=True, attention_bias=True, rope_parameters=_HALF),
+    ),
     "glm4_moe_air": ("glm4_moe", dict(_SIGMOID, use_qk_norm=False, rope_parameters=_HALF)),
     "ernie4_5_moe": (
         "ernie4_5_moe",
-        dict(moe_num_experts=8, moe_k=3, moe_intermediate_size=40, moe_num_shared_experts=2, moe_layer_end_index=2, use_bias=False),
+        dict(
+            moe_num_experts=8, moe_k=3, moe_intermediate_size=40, moe_num_shared_experts=2, moe_layer_end_index=2, use_bias=False
+        ),
     ),
     "minimax_m2": (
         "minimax_m2",
@@ -88,7 +93,13 @@ MOE_FAMILIES = {
     ),
     "gpt_oss": (
         "gpt_oss",
-        dict(num_local_experts=8, num_experts_per_tok=3, sliding_window=6, swiglu_limit=0.5, rope_parameters=dict(_YARN, truncate=False)),
+        dict(
+            num_local_experts=8,
+            num_experts_per_tok=3,
+            sliding_window=6,
+            swiglu_limit=0.5,
+            rope_parameters=dict(_YARN, truncate=False),
+        ),
     ),
     "hy_v3": (
         "hy_v3",
