@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import warnings
 
 from .converter import conversion, saved_tensor
 from .engine import _core
@@ -165,8 +166,17 @@ class GPTBridge:
         _core.initialize(engines(mg_models), seed)
 
     def peft_adapter_config(self, mg_models, adapter_name="default", base_model_name_or_path=""):
-        """The content of adapter_config.json. Collective."""
-        return json.loads(_core.peft_adapter_config(engines(mg_models), adapter_name, base_model_name_or_path or ""))
+        """The content of adapter_config.json. Collective. Warns when PEFT opens the adapter only with Transformers 4."""
+        content, experts_share_names = _core.peft_adapter_config(engines(mg_models), adapter_name, base_model_name_or_path or "")
+        if experts_share_names and is_master():
+            warnings.warn(
+                "the adapter covers experts and other layers of the same names (gate_proj, up_proj, down_proj): PEFT opens it with "
+                "Transformers 4, where every expert is a module; with Transformers 5 merge it (mcore-bridge export --merge_lora "
+                "true) or train without one of them (--target_modules q_proj k_proj v_proj o_proj, or --target_regex)",
+                UserWarning,
+                stacklevel=2,
+            )
+        return json.loads(content)
 
 
 def inspect_checkpoint(path):

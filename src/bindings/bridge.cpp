@@ -134,7 +134,8 @@ void init_bridge(py::module_& module) {
                const auto& model = *chunks.at(0);
                const auto options = model.lora_options.find(adapter_name);
                if (options == model.lora_options.end()) fail<KeyError>("the model has no adapter '", adapter_name, "'");
-               return peft_config(model.config(), options->second, base_model).dump();
+               return std::pair{peft_config(model.config(), options->second, base_model).dump(),
+                                experts_share_names(model.config(), options->second)};
              });
   module.def("inspect_checkpoint", [](const std::string& path) { return inspect_checkpoint(path).dump(); }, NoGil());
 }

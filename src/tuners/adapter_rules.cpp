@@ -86,6 +86,21 @@ std::vector<WeightRule> adapter_rules(const std::vector<WeightRule>& base, const
   return result;
 }
 
+bool experts_share_names(const ModelConfig& config, const LoraOptions& options) {
+  const auto rules = chunk_weights(config, {.layers = {0, config.num_layers}});
+  std::set<std::string> experts, others;
+  for (const auto& target : match_targets(rules, options)) {
+    for (const auto& rule : rules) {
+      if (rule.name != target.name + ".weight") continue;
+      for (size_t i = 0; i < target.parts.size(); ++i) {
+        const auto module = module_of(rule.hf[i]);
+        if (target.parts[i]) (rule.experts.total > 0 ? experts : others).insert(module.substr(module.rfind('.') + 1));
+      }
+    }
+  }
+  return std::any_of(experts.begin(), experts.end(), [&](const auto& leaf) { return others.contains(leaf); });
+}
+
 Json peft_config(const ModelConfig& config, const LoraOptions& options, const std::string& base_model) {
   const auto rules = chunk_weights(config, {.layers = {0, config.num_layers}});
   std::set<std::string> adapted, all, leaves, saved;

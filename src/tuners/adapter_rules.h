@@ -13,6 +13,10 @@ namespace mcore_bridge {
 std::vector<WeightRule> adapter_rules(const std::vector<WeightRule>& base, const LoraOptions& options,
                                       const std::string& adapter_name);
 
+/// Whether adapted experts have last names (gate_proj, ...) that other adapted layers have too: PEFT on Transformers 5,
+/// which keeps all experts in one tensor, cannot tell them apart.
+bool experts_share_names(const ModelConfig& config, const LoraOptions& options);
+
 /// The content of adapter_config.json as PEFT reads it; target_modules are Hugging Face names.
 Json peft_config(const ModelConfig& config, const LoraOptions& options, const std::string& base_model);
 

@@ -153,23 +153,21 @@ def by_processes(work, name, todo):
     return results
 
 
-def test_other_layouts(work):
+def check_other_layouts(work, variants, layouts, sources):
     """Stopped on one layout and gone on with on another (another number of ranks too): as on one rank without stopping."""
-    packing = ["--packing", "true", "--packing_length", 24]
-    variants = {"full": packing, "lora": [*packing, "--tuner_type", "lora", "--lora_rank", 4, "--lora_dropout", 0]}
     todo = []
     for variant, more in variants.items():
         todo.append((1, dict(name=f"{variant}-whole", argv=argv(work, f"{variant}-whole", *more))))
-        for name in sorted(set(SOURCES.values())):
-            processes, layout = LAYOUTS[name]
+        for name in sorted(set(sources.values())):
+            processes, layout = layouts[name]
             todo.append(
                 (processes, dict(name=f"{variant}-{name}", argv=argv(work, f"{variant}-{name}", *layout, *more), stop_after=3))
             )
     first = by_processes(work, "first", todo)
     todo = []
     for variant, more in variants.items():
-        for name, source in SOURCES.items():
-            processes, layout = LAYOUTS[name]
+        for name, source in sources.items():
+            processes, layout = layouts[name]
             resume = ["--resume_from_checkpoint", work / f"{variant}-{source}/checkpoint-3"]
             command = argv(work, f"{variant}-{source}-to-{name}", *layout, *more, *resume)
             todo.append((processes, dict(name=f"{variant}-{name}", argv=command)))
@@ -177,7 +175,7 @@ def test_other_layouts(work):
     for variant in variants:
         whole = first[f"{variant}-whole"]["steps"]
         reference = work / f"{variant}-whole/checkpoint-6"
-        for name, source in SOURCES.items():
+        for name, source in sources.items():
             steps = first[f"{variant}-{source}"]["steps"] + second[f"{variant}-{name}"]["steps"]
             assert [step[3] for step in steps] == [step[3] for step in whole], (source, name)
             for step, expected in zip(steps, whole):
@@ -185,6 +183,40 @@ def test_other_layouts(work):
             end = work / f"{variant}-{source}-to-{name}/checkpoint-6"
             close(weights(end), weights(reference))
             close(state(end), state(reference), 2e-4)
+
+
+def test_other_layouts(work):
+    packing = ["--packing", "true", "--packing_length", 24]
+    lora = [*packing, "--tuner_type", "lora", "--lora_rank", 4, "--lora_dropout", 0]
+    check_other_layouts(work, {"full": packing, "lora": lora}, LAYOUTS, SOURCES)
+
+
+EP = "--expert_model_parallel_size"
+TP_SP = ["--tensor_model_parallel_size", 2, "--sequence_parallel", "true"]
+MOE_LAYOUTS = {
+    "one": (1, []),
+    "ep2": (2, [EP, 2]),
+    "ep4": (4, [EP, 4]),
+    "ep2tp2": (4, [EP, 2, *TP_SP]),
+    "ep2etp2": (4, [EP, 2, *TP_SP, "--expert_tensor_parallel_size", 2]),
+    "ep2pp2": (4, [EP, 2, "--pipeline_model_parallel_size", 2]),
+    "ep2-full": (4, [EP, 2, "--data_parallel_sharding_strategy", "optim_grads_params"]),
+}
+
+
+def test_other_expert_layouts(tmp_path):
+    """The correction bias of the routers, which moves after every step, goes along."""
+    work = chat_model.make(tmp_path, "glm4_moe", num_hidden_layers=2, attention_bias=False)
+    check_other_layouts(work, {"full": []}, MOE_LAYOUTS, {"one": "ep2tp2", "ep2tp2": "ep4", "ep4": "one", "ep2pp2": "ep2tp2"})
+
+
+@pytest.mark.slow
+def test_every_expert_layout(tmp_path):
+    work = chat_model.make(tmp_path, "glm4_moe", num_hidden_layers=2, attention_bias=False)
+    order = list(MOE_LAYOUTS)
+    sources = {name: order[(order.index(name) + shift) % len(order)] for shift, name in enumerate(order, 1)}
+    lora = ["--tuner_type", "lora", "--lora_rank", 4, "--lora_dropout", 0, "--adam_eps", 1e-3]
+    check_other_layouts(work, {"full": [], "lora": lora}, MOE_LAYOUTS, sources)
 
 
 SHARDING = "--data_parallel_sharding_strategy"

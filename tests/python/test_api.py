@@ -55,7 +55,7 @@ def test_config_round_trip(folder):
         (dict(tensor_model_parallel_size=3), ValueError, "tensor_model_parallel_size"),
         (dict(pipeline_model_parallel_size=3), ValueError, "pipeline_model_parallel_size"),
         (dict(fp16=True, bf16=True), ValueError, "fp16"),
-        (dict(num_moe_experts=8), ValueError, "num_moe_experts"),
+        (dict(num_moe_experts=8, moe_router_topk=9), ValueError, "moe_router_topk"),
         (dict(normalization="LayerNorm"), ValueError, "normalization"),
     ],
 )

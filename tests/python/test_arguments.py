@@ -50,7 +50,7 @@ def test_file_of_flags(tmp_path, monkeypatch):
         (["--columns", "{"], "not JSON"),
         (["--lazy_tokenize", "true"], "not supported"),
         (["--fp8_format", "hybrid"], "not supported"),
-        (["--moe_aux_loss_coeff", "0.01"], "moe_aux_loss_coeff 0.01 is not supported"),
+        (["--moe_enable_deepep", "true"], "moe_enable_deepep true is not supported"),
         (["--bf16", "true"], "not supported"),
         (["stray"], "no flag"),
     ],

@@ -2,7 +2,7 @@
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 
@@ -125,6 +125,10 @@ MOE_FAMILIES = {
         ),
     ),
 }
+# Transformers 4 knows not all of them, and clamps gpt_oss's activation at 7 whatever the config says.
+MOE_FAMILIES = {name: family for name, family in MOE_FAMILIES.items() if family[0] in CONFIG_MAPPING}
+if TRANSFORMERS_4:
+    MOE_FAMILIES["gpt_oss"][1].pop("swiglu_limit")
 ALL_FAMILIES = {**FAMILIES, **MOE_FAMILIES}
 
 
