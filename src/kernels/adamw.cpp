@@ -20,21 +20,26 @@ void run_kernel(const AdamWTensors& t, const AdamWScalars& scalars, const at::Te
                 .beta2 = static_cast<float>(scalars.beta2),
                 .epsilon = static_cast<float>(scalars.epsilon),
                 .weight_decay = static_cast<float>(scalars.weight_decay)};
-  auto type = cuda::Type::kFloat;  // of the launch's low-precision copies
+  cuda::AdamWTypes types;  // of the launch
   auto launch = [&] {
-    if (p.count > 0) cuda::adamw(p, type, current_stream(t.masters[0]));
+    if (p.count > 0) cuda::adamw(p, types, current_stream(t.masters[0]));
     p.count = 0;
   };
   for (size_t i = 0; i < t.masters.size(); ++i) {
     if (t.masters[i].numel() == 0) continue;
-    const auto own = t.parameters[i].defined() ? *kernel_type(t.parameters[i]) : cuda::Type::kFloat;
-    if (p.count == cuda::AdamW::kMaxTensors || own != type) launch();
-    type = own;
+    const cuda::AdamWTypes own{
+        .master = *kernel_type(t.masters[i]),
+        .grad = *kernel_type(t.grads[i]),
+        .exp_avg = *kernel_type(t.exp_avgs[i]),
+        .exp_avg_sq = *kernel_type(t.exp_avg_sqs[i]),
+        .parameter = t.parameters[i].defined() ? *kernel_type(t.parameters[i]) : cuda::Type::kFloat};
+    if (p.count == cuda::AdamW::kMaxTensors || own != types) launch();
+    types = own;
     const auto at = p.count++;
-    p.master[at] = t.masters[i].mutable_data_ptr<float>();
-    p.grad[at] = t.grads[i].const_data_ptr<float>();
-    p.exp_avg[at] = t.exp_avgs[i].mutable_data_ptr<float>();
-    p.exp_avg_sq[at] = t.exp_avg_sqs[i].mutable_data_ptr<float>();
+    p.master[at] = mutable_pointer(t.masters[i]);
+    p.grad[at] = pointer(t.grads[i]);
+    p.exp_avg[at] = mutable_pointer(t.exp_avgs[i]);
+    p.exp_avg_sq[at] = mutable_pointer(t.exp_avg_sqs[i]);
     p.parameter[at] = mutable_pointer(t.parameters[i]);
     p.elements[at] = t.masters[i].numel();
     if (at == 0) p.first_block[0] = 0;

@@ -3,6 +3,9 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <numeric>
+#include <utility>
+
 #include "mcore_bridge/error.h"
 
 namespace mcore_bridge {
@@ -68,20 +71,56 @@ at::Tensor apply(const at::Tensor& x, const Group& group) {
   return Collective<kForward, kBackward>::apply(x, &group);
 }
 
-struct ExchangeRows : Function<ExchangeRows> {
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const std::vector<int64_t>& send,
-                            const std::vector<int64_t>& receive, const Group* group) {
-    context->saved_data["group"] = at::IValue::make_capsule(c10::make_intrusive<GroupHolder>(*group));
-    context->saved_data["send"] = send;
-    context->saved_data["receive"] = receive;
-    return group->all_to_all(x, send, receive);
+/// An exchange of rows, either way, between its start and its end.
+struct ExchangeState : torch::CustomClassHolder {
+  Group group;
+  std::vector<int64_t> send, receive;
+  std::shared_ptr<Group::Pending> pending;
+  at::Tensor gradient;  ///< on its way back
+
+  at::Tensor start(const at::Tensor& rows, const std::vector<int64_t>& to, const std::vector<int64_t>& from) {
+    const auto input = rows.contiguous();
+    auto sizes = input.sizes().vec();
+    sizes[0] = std::accumulate(from.begin(), from.end(), int64_t{0});
+    auto output = at::empty(sizes, input.options());
+    pending = group.start_all_to_all(output, input, to, from);
+    return output;
+  }
+  void finish() {
+    if (pending) pending->wait();
+    pending.reset();
+  }
+};
+
+ExchangeState& state_of(AutogradContext* context) {
+  return *static_cast<ExchangeState*>(context->saved_data["state"].toCapsule().get());
+}
+
+/// Backward: the last moment for the gradient that ArriveRows sent off.
+struct SendRows : Function<SendRows> {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x,
+                            const c10::intrusive_ptr<ExchangeState>* state) {
+    context->saved_data["state"] = at::IValue::make_capsule(*state);
+    return (*state)->start(x, (*state)->send, (*state)->receive);
+  }
+  static variable_list backward(AutogradContext* context, variable_list) {
+    auto& state = state_of(context);
+    state.finish();
+    return {std::exchange(state.gradient, {}), Variable()};
+  }
+};
+
+struct ArriveRows : Function<ArriveRows> {
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& rows,
+                            const c10::intrusive_ptr<ExchangeState>* state) {
+    context->saved_data["state"] = at::IValue::make_capsule(*state);
+    (*state)->finish();
+    return rows.view_as(rows);
   }
   static variable_list backward(AutogradContext* context, variable_list grads) {
-    const auto holder = context->saved_data["group"].toCapsule();
-    const auto& group = static_cast<const GroupHolder*>(holder.get())->group;
-    return {group.all_to_all(grads[0], context->saved_data["receive"].toIntVector(),
-                             context->saved_data["send"].toIntVector()),
-            Variable(), Variable(), Variable()};
+    auto& state = state_of(context);
+    state.gradient = state.start(grads[0], state.receive, state.send);
+    return {grads[0], Variable()};  // SendRows looks at state.gradient instead
   }
 };
 
@@ -108,9 +147,18 @@ at::Tensor gather_last_dim(const at::Tensor& x, const Group& group) {
 }
 
 at::Tensor exchange_rows(const at::Tensor& x, const std::vector<int64_t>& send, const std::vector<int64_t>& receive,
-                         const Group& group) {
-  if (group.size() == 1) return x;
-  return ExchangeRows::apply(x, send, receive, &group);
+                         const Group& group, const std::function<void()>& meanwhile) {
+  if (group.size() == 1) {
+    if (meanwhile) meanwhile();
+    return x;
+  }
+  auto state = c10::make_intrusive<ExchangeState>();
+  state->group = group;
+  state->send = send;
+  state->receive = receive;
+  const auto rows = SendRows::apply(x, &state);
+  if (meanwhile) meanwhile();
+  return ArriveRows::apply(rows, &state);
 }
 
 }  // namespace mcore_bridge

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <vector>
 
 #include "parallel/group.h"
@@ -23,8 +24,9 @@ at::Tensor scatter_sequence(const at::Tensor& x, const Group& group);
 /// All-gather along the last dim; backward takes this member's slice.
 at::Tensor gather_last_dim(const at::Tensor& x, const Group& group);
 
-/// Rows (dim 0) sent in unequal parts, see Group::all_to_all; backward sends their gradients the way back.
+/// Rows (dim 0) sent in unequal parts, see Group::start_all_to_all; backward sends their gradients the way back.
+/// `meanwhile` runs while they are under way, and so does its backward while their gradients are.
 at::Tensor exchange_rows(const at::Tensor& x, const std::vector<int64_t>& send, const std::vector<int64_t>& receive,
-                         const Group& group);
+                         const Group& group, const std::function<void()>& meanwhile = {});
 
 }  // namespace mcore_bridge

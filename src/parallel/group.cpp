@@ -144,23 +144,6 @@ at::Tensor Group::all_to_all(const at::Tensor& input) const {
   return output;
 }
 
-at::Tensor Group::all_to_all(const at::Tensor& input, const std::vector<int64_t>& send,
-                             const std::vector<int64_t>& receive) const {
-  if (size() == 1) return input;
-  auto contiguous = input.contiguous();
-  auto sizes = contiguous.sizes().vec();
-  const auto rows = std::accumulate(send.begin(), send.end(), int64_t{0});
-  TORCH_INTERNAL_ASSERT(std::ssize(send) == size() && std::ssize(receive) == size() && !sizes.empty() &&
-                        rows == sizes[0]);
-  sizes[0] = std::accumulate(receive.begin(), receive.end(), int64_t{0});
-  auto output = at::empty(sizes, contiguous.options());
-  count(Operation::kAllToAll, contiguous.nbytes());
-  auto to = receive, from = send;
-  backend_->run(Operation::kAllToAll, contiguous.sizes(),
-                [&] { backend_->process_group->alltoall_base(output, contiguous, to, from)->wait(); });
-  return output;
-}
-
 void Group::broadcast(at::Tensor& tensor, int root) const {
   if (size() == 1) return;
   count(Operation::kBroadcast, tensor.nbytes(), root == rank_);
@@ -231,6 +214,23 @@ std::shared_ptr<Group::Pending> Group::start_all_gather(const at::Tensor& output
   count(Operation::kAllGather, output.nbytes());
   auto to = output, from = input;
   return std::make_shared<PendingWorks>(Works{}, Works{backend_->process_group->_allgather_base(to, from)},
+                                        std::vector<at::Tensor>{output, input});
+}
+
+std::shared_ptr<Group::Pending> Group::start_all_to_all(const at::Tensor& output, const at::Tensor& input,
+                                                        const std::vector<int64_t>& send,
+                                                        const std::vector<int64_t>& receive) const {
+  if (size() == 1) return nullptr;
+  const auto rows = [](const std::vector<int64_t>& parts) {
+    return std::accumulate(parts.begin(), parts.end(), int64_t{0});
+  };
+  TORCH_INTERNAL_ASSERT(std::ssize(send) == size() && std::ssize(receive) == size() && input.is_contiguous() &&
+                        output.is_contiguous() && rows(send) == input.size(0) && rows(receive) == output.size(0));
+  count(Operation::kAllToAll, input.nbytes());
+  auto to = output, from = input;
+  auto to_parts = receive, from_parts = send;
+  return std::make_shared<PendingWorks>(Works{},
+                                        Works{backend_->process_group->alltoall_base(to, from, to_parts, from_parts)},
                                         std::vector<at::Tensor>{output, input});
 }
 

@@ -41,10 +41,6 @@ class Group {
   at::Tensor reduce_scatter(const at::Tensor& input) const;
   /// Part i of dim 0 (which size must divide) goes to member i; returns the parts received, in member order.
   at::Tensor all_to_all(const at::Tensor& input) const;
-  /// Rows of dim 0 in unequal parts: the first `send[0]` rows go to member 0, the next `send[1]` to member 1, ...;
-  /// `receive[i]` rows come from member i. Every pair must agree on its number, which may be 0.
-  at::Tensor all_to_all(const at::Tensor& input, const std::vector<int64_t>& send,
-                        const std::vector<int64_t>& receive) const;
   void broadcast(at::Tensor& tensor, int root /* place in the group */) const;
   void barrier() const;
 
@@ -66,6 +62,12 @@ class Group {
   std::shared_ptr<Pending> start_all_reduce(const at::Tensor& tensor) const;
   std::shared_ptr<Pending> start_reduce_scatter(const at::Tensor& output, const at::Tensor& input) const;
   std::shared_ptr<Pending> start_all_gather(const at::Tensor& output, const at::Tensor& input) const;
+  /// Rows of dim 0 in unequal parts: the first `send[0]` rows of `input` go to member 0, the next `send[1]` to member
+  /// 1,
+  /// ...; `receive[i]` rows of `output` come from member i. Every pair must agree on its number, which may be 0.
+  std::shared_ptr<Pending> start_all_to_all(const at::Tensor& output, const at::Tensor& input,
+                                            const std::vector<int64_t>& send,
+                                            const std::vector<int64_t>& receive) const;
 
   /// Starts all sends and receives and returns at once: received tensors are whole after wait().
   std::shared_ptr<Pending> start_exchange(std::vector<Message> messages) const;

@@ -113,8 +113,8 @@ void collect_b(const LoraB& p, Type from, Type to, Stream stream);
 struct AdamW {
   static constexpr int kMaxTensors = 48;
   int count;
-  float *master[kMaxTensors], *exp_avg[kMaxTensors], *exp_avg_sq[kMaxTensors];
-  const float* grad[kMaxTensors];
+  void *master[kMaxTensors], *exp_avg[kMaxTensors], *exp_avg_sq[kMaxTensors];
+  const void* grad[kMaxTensors];
   void* parameter[kMaxTensors];  ///< low-precision copy, written from the master; null: none
   int64_t elements[kMaxTensors];
   int first_block[kMaxTensors + 1];
@@ -122,6 +122,11 @@ struct AdamW {
   float lr, beta1, beta2, epsilon, weight_decay;
 };
 constexpr int64_t kAdamWBlock = 4096;  ///< elements a block updates
-void adamw(const AdamW& p, Type parameter_type, Stream stream);
+struct AdamWTypes {
+  Type master = Type::kFloat, grad = Type::kFloat, exp_avg = Type::kFloat, exp_avg_sq = Type::kFloat,
+       parameter = Type::kFloat;
+  bool operator==(const AdamWTypes&) const = default;
+};
+void adamw(const AdamW& p, const AdamWTypes& types, Stream stream);
 
 }  // namespace mcore_bridge::cuda

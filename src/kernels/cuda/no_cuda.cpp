@@ -20,5 +20,5 @@ void cross_entropy_gradient(const CrossEntropy&, Type, Stream) { missing(); }
 void cross_entropy_both(const CrossEntropy&, Type, Stream) { missing(); }
 void expand_b(const LoraB&, Type, Stream) { missing(); }
 void collect_b(const LoraB&, Type, Type, Stream) { missing(); }
-void adamw(const AdamW&, Type, Stream) { missing(); }
+void adamw(const AdamW&, const AdamWTypes&, Stream) { missing(); }
 }  // namespace mcore_bridge::cuda

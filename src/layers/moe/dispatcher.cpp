@@ -42,7 +42,8 @@ Dispatcher::Dispatcher(ParallelStatePtr parallel, Options options)
       std::all_of(etp.begin(), etp.end(), [&](int rank) { return std::find(tp.begin(), tp.end(), rank) != tp.end(); });
 }
 
-Dispatched Dispatcher::dispatch(const at::Tensor& x_th, Router::Output routed) const {
+Dispatched Dispatcher::dispatch(const at::Tensor& x_th, Router::Output routed,
+                                const std::function<void()>& meanwhile) const {
   const auto& etp = parallel_->etp;
   Dispatched d{.routing = std::move(routed.routing), .may_drop = routed.capacity > 0, .own_tokens = x_th.size(0)};
   auto capacity = options_.pad_to_capacity ? std::min(routed.capacity, d.own_tokens) : 0;
@@ -61,9 +62,10 @@ Dispatched Dispatcher::dispatch(const at::Tensor& x_th, Router::Output routed) c
   }
   d.shared_tokens = x.size(0);
   if (options_.kind == Kind::kAllToAll) {
-    all_to_all(d, x, capacity);
+    all_to_all(d, x, capacity, meanwhile);
   } else {
     all_gather(d, x);
+    if (meanwhile) meanwhile();
   }
   return d;
 }
@@ -93,7 +95,8 @@ at::Tensor Dispatcher::unpermuted(const at::Tensor& rows, const Dispatched& d) c
   return unpermute_tokens(rows, options_.weights_on_input ? at::Tensor() : d.routing.weights, d.permutation);
 }
 
-void Dispatcher::all_to_all(Dispatched& d, const at::Tensor& x, int64_t capacity) const {
+void Dispatcher::all_to_all(Dispatched& d, const at::Tensor& x, int64_t capacity,
+                            const std::function<void()>& meanwhile) const {
   const auto& ep = parallel_->ep;
   const auto& experts = d.routing.experts;
   d.permutation = capacity > 0 ? padded_permutation(experts, options_.experts, capacity) : permutation(experts);
@@ -105,8 +108,12 @@ void Dispatcher::all_to_all(Dispatched& d, const at::Tensor& x, int64_t capacity
   } else {
     d.groups = expert_rows(tokens_per_expert(experts, options_.experts), /*tail=*/d.may_drop);
   }
-  if (ep.size() == 1) return;
-  d.rows = exchange_rows(d.rows.narrow(0, 0, sum(d.sent)), d.sent, d.received, ep).index_select(0, d.regroup);
+  if (ep.size() == 1) {
+    if (meanwhile) meanwhile();
+    return;
+  }
+  const auto arrived = exchange_rows(d.rows.narrow(0, 0, sum(d.sent)), d.sent, d.received, ep, meanwhile);
+  d.rows = arrived.index_select(0, d.regroup);
 }
 
 void Dispatcher::exchange_counts(Dispatched& d, const at::Tensor& counts) const {

@@ -5,6 +5,9 @@
 // tokens first and add their partial results last.
 #pragma once
 
+#include <functional>
+#include <vector>
+
 #include "layers/moe/grouped_linear.h"
 #include "layers/moe/permutation.h"
 #include "layers/moe/router.h"
@@ -36,14 +39,15 @@ class Dispatcher {
   };
   Dispatcher(ParallelStatePtr parallel, Options options);
 
-  /// Collective over the expert-tensor-parallel and the expert-parallel ranks, any of which may have no token.
   int expert_tensor_ranks() const { return parallel_->etp.size(); }
-  Dispatched dispatch(const at::Tensor& x_th, Router::Output routed) const;
+  /// Collective over the expert-tensor-parallel and the expert-parallel ranks, any of which may have no token.
+  /// `meanwhile` (may be empty) runs once, while tokens are under way if they travel.
+  Dispatched dispatch(const at::Tensor& x_th, Router::Output routed, const std::function<void()>& meanwhile) const;
   /// y: the experts' outputs, like Dispatched::rows -> [t, h].
   at::Tensor combine(const at::Tensor& y, const Dispatched& dispatched) const;
 
  private:
-  void all_to_all(Dispatched& d, const at::Tensor& x, int64_t capacity) const;
+  void all_to_all(Dispatched& d, const at::Tensor& x, int64_t capacity, const std::function<void()>& meanwhile) const;
   void all_gather(Dispatched& d, at::Tensor x) const;
   void exchange_counts(Dispatched& d, const at::Tensor& counts) const;
   void known_counts(Dispatched& d, int64_t capacity) const;

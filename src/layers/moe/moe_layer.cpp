@@ -45,10 +45,14 @@ std::vector<Module::Child> MoELayer::children() const {
 
 at::Tensor MoELayer::forward(const at::Tensor& x_sbh, double loss_share) {
   auto routed = router_.forward(x_sbh, loss_share);
-  const auto dispatched = dispatcher_.dispatch(x_sbh.flatten(0, 1), std::move(routed));
+  at::Tensor shared;
+  auto meanwhile = [&] {
+    if (shared_) shared = shared_->forward(x_sbh);
+  };
+  const auto dispatched = dispatcher_.dispatch(x_sbh.flatten(0, 1), std::move(routed), meanwhile);
   const auto y = dispatcher_.combine(experts_.forward(dispatched.rows, dispatched.groups), dispatched);
   const auto out = y.view(x_sbh.sizes());
-  return shared_ ? out + shared_->forward(x_sbh) : out;
+  return shared_ ? out + shared : out;
 }
 
 Footprint MoELayer::footprint(const ActivationShape& shape) const {
