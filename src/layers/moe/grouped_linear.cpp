@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "layers/main_gradient.h"
 #include "layers/weight_gradients.h"
 #include "mcore_bridge/error.h"
 
@@ -95,6 +96,12 @@ at::Tensor bias_gradient(const at::Tensor& grad, const at::Tensor& bias, const E
   return result;
 }
 
+/// Where training keeps the weight's gradient, as the autograd context holds it.
+struct MainHolder : torch::CustomClassHolder {
+  explicit MainHolder(std::shared_ptr<MainGradient> m) : main(std::move(m)) {}
+  std::shared_ptr<MainGradient> main;
+};
+
 struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& weight,
                             const std::optional<at::Tensor>& bias, const at::Tensor& ends, std::vector<int64_t> host,
@@ -102,6 +109,8 @@ struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
     context->save_for_backward({x, weight, ends, bias.value_or(at::Tensor())});
     context->saved_data["host"] = host;
     context->saved_data["tail"] = tail;
+    if (auto main = main_gradient(weight))
+      context->saved_data["main"] = at::IValue::make_capsule(c10::make_intrusive<MainHolder>(std::move(main)));
     return product(x, weight.transpose(1, 2), bias.value_or(at::Tensor()), {ends, host, tail});
   }
   static variable_list backward(AutogradContext* context, variable_list grads) {
@@ -119,7 +128,17 @@ struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
       }
     };
     if (context->needs_input_grad(0)) result[0] = product(grad, weight, {}, groups);
-    later(1, weight, [=] { return weight_gradient(grad, x, weight, groups); });
+    const auto holder = context->saved_data.find("main");
+    if (holder != context->saved_data.end() && !WeightGradients::current() && context->needs_input_grad(1)) {
+      const auto capsule = holder->second.toCapsule();
+      auto& main = *static_cast<const MainHolder*>(capsule.get())->main;
+      const auto gradient = weight_gradient(grad, x, weight, groups);
+      main.fresh ? main.grad.copy_(gradient) : main.grad.add_(gradient);
+      main.fresh = false;
+      main.added = true;
+    } else {
+      later(1, weight, [=] { return weight_gradient(grad, x, weight, groups); });
+    }
     later(2, bias, [=] { return bias_gradient(grad, bias, groups); });
     return result;
   }
