@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <algorithm>
+
 #include "kernels/device.h"
 
 namespace mcore_bridge {
@@ -50,6 +52,12 @@ void run_kernel(const AdamWTensors& t, const AdamWScalars& scalars, const at::Te
 }
 
 }  // namespace
+
+bool fused_adamw_takes(const std::vector<at::Tensor>& entry) {
+  return std::all_of(entry.begin(), entry.end(), [&](const at::Tensor& tensor) {
+    return tensor.scalar_type() == at::kFloat || (kernel_type(tensor) && kernel_type(entry[0]));
+  });
+}
 
 void fused_adamw(const AdamWTensors& t, const AdamWScalars& scalars, const at::Tensor& grad_scale,
                  const at::Tensor& skip, const at::Tensor& step) {

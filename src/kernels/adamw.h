@@ -18,6 +18,9 @@ struct AdamWScalars {
   double lr = 0, beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, weight_decay = 0;
 };
 
+/// Whether fused_adamw takes one entry's master, gradient and moments in the precisions they have.
+bool fused_adamw_takes(const std::vector<at::Tensor>& entry);
+
 /// One update. Device scalars in fp32, so that the host does not wait: `grad_scale` divides gradients (clipping),
 /// `skip` 1 leaves everything as it is, `step` counts this update (1 for the first).
 void fused_adamw(const AdamWTensors& tensors, const AdamWScalars& scalars, const at::Tensor& grad_scale,

@@ -218,5 +218,31 @@ def test_fused_adamw(low):
             assert torch.equal(parameter, value.to(low))
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="the fused operation of libtorch that serves the CPU takes float32 only")
+@pytest.mark.parametrize("master", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16, torch.float16], ids=["m32", "m16", "h16"])
+def test_fused_adamw_in_mixed_precision(master, state):
+    """One step from given moments, in double precision and rounded once."""
+    sizes = [(3,), (130, 71), (5000,), (64, 64)]
+    values = [random(*size, dtype=master, seed=i) for i, size in enumerate(sizes)]
+    grads = [random(*size, dtype=torch.bfloat16, seed=100 + i) for i, size in enumerate(sizes)]
+    first = [random(*size, dtype=state, seed=200 + i) for i, size in enumerate(sizes)]
+    second = [random(*size, dtype=state, seed=300 + i).abs() for i, size in enumerate(sizes)]
+    expected = []
+    for w, g, m, v in zip(values, grads, first, second, strict=True):
+        w, g, m, v = (x.cpu().double() for x in (w, g, m, v))
+        g = g / 4
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+        w = w * (1 - 1e-2 * 0.1) - 1e-2 / (1 - 0.9**3) * m / (v.sqrt() / (1 - 0.95**3) ** 0.5 + 1e-8)
+        expected.append((w, m, v))
+    scalar = lambda value: torch.tensor(float(value), device=DEVICE)  # noqa: E731
+    kernels.fused_adamw(values, grads, first, second, [None] * 4, 1e-2, 0.9, 0.95, 1e-8, 0.1, scalar(4), scalar(0), scalar(3))
+    bound = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+    for (w, m, v), value, one, two in zip(expected, values, first, second, strict=True):
+        close(value, w, bound[master])
+        close(one, m, bound[state])
+        close(two, v, bound[state])
+
+
 def test_kernels_are_built_where_the_device_is_a_gpu():
     assert kernels.cuda_built() == bool(torch.version.cuda) or DEVICE == "cpu"

@@ -2,13 +2,12 @@
 
 import json
 
+import mcore_bridge as mb
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
-
-import mcore_bridge as mb
 from mcore_bridge.cli.main import main
+from transformers import AutoModelForCausalLM
 
 Mxfp4Config = pytest.importorskip("transformers").Mxfp4Config
 

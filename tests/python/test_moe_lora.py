@@ -3,13 +3,12 @@
 import json
 import warnings
 
+import mcore_bridge as mb
 import peft
 import pytest
 import tiny
 import torch
 from transformers import AutoModelForCausalLM
-
-import mcore_bridge as mb
 
 # Every linear layer of these is an expert's or attention's: PEFT opens them with Transformers 4 (a module per expert) and 5 (one
 # tensor of all experts, for which PEFT stacks the adapters). gpt_oss and llama4 keep all experts in one tensor on disk too.

@@ -2,12 +2,11 @@
 
 import json
 
+import mcore_bridge as mb
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-
-import mcore_bridge as mb
 
 LOGITS, GRADIENTS = 2e-5, 1e-4
 

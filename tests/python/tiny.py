@@ -125,9 +125,9 @@ MOE_FAMILIES = {
         ),
     ),
 }
-# Transformers 4 knows not all of them, and clamps gpt_oss's activation at 7 whatever the config says.
+# Older versions of Transformers know not all of them, and clamp gpt_oss's activation at 7 whatever the config says.
 MOE_FAMILIES = {name: family for name, family in MOE_FAMILIES.items() if family[0] in CONFIG_MAPPING}
-if TRANSFORMERS_4:
+if not hasattr(AutoConfig.for_model("gpt_oss"), "swiglu_limit"):
     MOE_FAMILIES["gpt_oss"][1].pop("swiglu_limit")
 ALL_FAMILIES = {**FAMILIES, **MOE_FAMILIES}
 
