@@ -50,6 +50,16 @@ CASES = {
     "full_recompute": case(1, FULL),
     "full_recompute_units": case(1, dict(FULL, recompute_num_layers=4)),
     "selective_mlp": case(1, dict(BF16, recompute_granularity="selective", recompute_modules=["mlp"])),
+    "offload": case(1, dict(BF16, cpu_offloading=True, cpu_offloading_num_layers=6)),
+    "offload_mlp": case(
+        1, dict(cpu_offloading=True, cpu_offloading_num_layers=8, recompute_granularity="selective", recompute_modules=["mlp"])
+    ),
+    "offload_long": case(
+        1, dict(padded_vocab_size=500, cpu_offloading=True, cpu_offloading_num_layers=6), rows=1, length=1024, micro_batches=1
+    ),
+    "attention_dropout": case(1, dict(attention_dropout=0.1)),
+    "attention_dropout_again": case(1, dict(BF16, attention_dropout=0.1, recompute_granularity="selective")),
+    "window": case(1, dict(window_size=[64, 0])),
     "qk_norm": case(1, dict(BF16, qk_layernorm=True)),
     "lora": case(lora=LORA),
     "lora_bf16": case(1, BF16, lora=LORA),
@@ -71,6 +81,7 @@ CASES = {
     "cp2_gather": case(2, dict(CP, cp_comm_type="all_gather")),
     "cp2_a2a": case(2, dict(CP, cp_comm_type="a2a")),
     "cp2_a2a_packed": case(2, dict(CP, cp_comm_type="a2a", qk_layernorm=True), rows=1, length=512, documents=4),
+    "cp2_a2a_dropout": case(2, dict(CP, cp_comm_type="a2a", attention_dropout=0.1)),
     "cp2_recompute": case(2, {**CP, **FULL}),
     "cp2_lora": case(2, CP, lora=LORA),
     "pp2": case(2, PP, micro_batches=4),
@@ -139,8 +150,17 @@ def context_share(batch):
     return {**batch, **{name: mb.split_cp_inputs(batch[name], ends, 1) for name in ("input_ids", "labels")}}
 
 
+def is_away(storage):
+    """Whether its memory is elsewhere meanwhile."""
+    try:
+        return storage.data_ptr() == 0
+    except RuntimeError:
+        return True
+
+
 def kept_bytes(model, batch):
-    """Bytes of all storages that autograd keeps for one micro-batch (this rank's share, ForwardInput's names), parameters excluded."""
+    """Bytes of all storages that autograd keeps for one micro-batch (this rank's share, ForwardInput's names), parameters excluded;
+    and of those among them that wait in host memory."""
     from torch.autograd.graph import saved_tensors_hooks
 
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -149,16 +169,18 @@ def kept_bytes(model, batch):
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # held: an address is not used twice
+            storages[storage._cdata] = storage  # held: an address is not used twice
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(**batch)
-    total = sum(size for size, _ in storages.values())
+    total = sum(storage.nbytes() for storage in storages.values())
+    offloaded = sum(storage.nbytes() for storage in storages.values() if is_away(storage))
+    storages.clear()
     loss.sum().backward()
     for parameter in model.parameters():
         parameter.grad = None
-    return total
+    return total, offloaded
 
 
 def measure(values, scale=1):
@@ -218,7 +240,7 @@ def measure(values, scale=1):
             result["planned_kept"] -= (
                 rows * (length // state.cp_size) * fields["kv_channels"] * (2 if fields.get("params_dtype") else 4)
             )
-        result["kept"] = kept_bytes(models[0], context_share(data[0]))
+        result["kept"], _ = kept_bytes(models[0], context_share(data[0]))
     del models
     mb.destroy_model_parallel()
     return result

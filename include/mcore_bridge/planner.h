@@ -55,6 +55,7 @@ struct MemoryEstimate {
   int64_t workspace = 0;      ///< temporaries at the worst moment
   int64_t communication = 0;  ///< buffers of collectives beyond those
   int64_t reserve = 0;        ///< not the engine's, and fragmentation
+  int64_t offloaded = 0;      ///< host memory that activations wait in (cpu_offloading), not in the total
   int64_t total() const { return weights + gradients + optimizer + activations + workspace + communication + reserve; }
 };
 

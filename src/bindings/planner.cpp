@@ -91,7 +91,8 @@ void init_planner(py::module_& module) {
         for (const auto& segment : model.segments(shape)) {
           const auto& footprint = segment.footprint;
           result.append(py::dict("name"_a = segment.name, "layers"_a = segment.layers, "saved"_a = footprint.saved,
-                                 "workspace"_a = footprint.workspace, "forward_flops"_a = footprint.forward_flops,
+                                 "offloaded"_a = footprint.offloaded, "workspace"_a = footprint.workspace,
+                                 "forward_flops"_a = footprint.forward_flops,
                                  "backward_flops"_a = footprint.backward_flops));
         }
         return result;

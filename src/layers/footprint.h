@@ -31,6 +31,7 @@ struct ActivationShape {
 /// A storage counts once: in the module that saves it first, its own input included unless `input_kept`.
 struct Footprint {
   int64_t saved = 0;      ///< bytes kept from forward to backward
+  int64_t offloaded = 0;  ///< of them: those that wait in host memory where the layer is offloaded
   int64_t workspace = 0;  ///< most bytes alive at once in backward beyond `saved`
   int64_t deferred = 0;   ///< bytes that wait for the weights' gradients when those come apart (zero-bubble schedules)
   double forward_flops = 0, backward_flops = 0;
@@ -42,6 +43,7 @@ struct Footprint {
   /// One module after the other: everything adds up but the temporaries, which live one after the other.
   Footprint& operator+=(const Footprint& next) {
     saved += next.saved;
+    offloaded += next.offloaded;
     workspace = workspace > next.workspace ? workspace : next.workspace;
     deferred += next.deferred;
     forward_flops += next.forward_flops;
@@ -59,6 +61,7 @@ struct Footprint {
   void recompute(int64_t input) {
     workspace += saved;
     saved = input;
+    offloaded = 0;
     backward_flops += forward_flops;
     recomputed_flops += forward_flops;
     tensor_backward += tensor_forward;

@@ -272,9 +272,13 @@ Footprint ParallelLinear::footprint(const ActivationShape& shape, bool gated) co
     }
   }
   if (norm && (!split || input_grad)) saved += local * 4;
-  if (!shape.input_kept && (!split || (front ? input_grad : reads_input))) saved += local * width * e;
-  if (split && front && reads_input) saved += local * in * e;
-  if (result.output_grad) result.saved = saved;
+  int64_t inputs = 0;  // in front of the norm or activation, and behind it
+  if (!shape.input_kept && (!split || (front ? input_grad : reads_input))) inputs += local * width * e;
+  if (split && front && reads_input) inputs += local * in * e;
+  if (result.output_grad) {
+    result.saved = saved + inputs;
+    result.offloaded = inputs;
+  }
 
   // Gradients of output and input, the input made again (gated: its gradient is twice as wide); on the CPU the steps of
   // the activation's gradient and the fp32 copies from which the weight's is added up.

@@ -37,6 +37,12 @@ at::Tensor bytes_of(const c10::Storage& storage) {
       .set_(storage, 0, {static_cast<int64_t>(storage.nbytes())}, {1});
 }
 
+/// Whether nothing but this tensor (and the base it is a view of) keeps its memory.
+bool is_last_holder(const at::Tensor& tensor) {
+  const bool with_base = tensor.is_view() && tensor._base().use_count() == 1;
+  return tensor.use_count() == 1 && tensor.storage().use_count() == (with_base ? 2 : 1);
+}
+
 /// `copy` on the copy stream, behind what the current stream has done so far; `memory` is not reused before it is done.
 template <class Copy>
 void beside(c10::Device device, const c10::Storage& memory, Copy copy) {
@@ -63,6 +69,7 @@ class OffloadedBlock {
     std::unordered_set<const c10::StorageImpl*> seen;
     for (const auto& tensor : tensors) {
       if (tensor.nbytes() == 0 || !seen.insert(tensor.storage().unsafeGetStorageImpl()).second) continue;
+      if (is_last_holder(tensor)) continue;  // nobody's backward reads it
       Item item{tensor.storage(), {}, {}};
       item.host = at::empty({static_cast<int64_t>(item.storage.nbytes())},
                             at::TensorOptions(at::kCPU).dtype(at::kByte).pinned_memory(!tensor.is_cpu()));

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include "layers/offload.h"
 #include "layers/recompute.h"
 #include "parallel/random.h"
 
@@ -50,6 +51,7 @@ at::Tensor TransformerLayer::forward(const at::Tensor& x_sbh, const AttentionInp
     return x + dropped(output);
   }
   const auto x = residual + update;
+  if (again) ActivationOffload::keep(x);
   auto block = [this, loss_share](const at::Tensor& y) {
     return mlp_ ? mlp_->forward(y, {}).y : moe_->forward(moe_norm_->forward(y), loss_share);
   };
@@ -68,7 +70,10 @@ Footprint TransformerLayer::footprint(const ActivationShape& shape) const {
   second.input_kept = again && mlp_;  // x + attention is new
   auto mlp = mlp_ ? mlp_->footprint(second) : moe_norm_->footprint(second);
   if (moe_) mlp += moe_->footprint(second);
-  if (again) mlp.recompute(hidden);
+  if (again) {
+    mlp.recompute(hidden);
+    mlp.offloaded = hidden;
+  }
   if (mlp.output_grad) mlp.saved += mask;
   result += mlp;
   return result;

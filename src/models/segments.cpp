@@ -26,6 +26,7 @@ std::vector<GPTModel::Segment> GPTModel::segments(const ActivationShape& shape) 
   const bool again = config_.recompute_granularity == "full", block = config_.recompute_method == "block";
   const auto unit = again && !block ? given : 1;
   const auto recomputed = !again ? 0 : block ? std::min(given, count) : count;
+  const auto offloaded = config_.cpu_offloading ? std::min(count, config_.cpu_offloading_num_layers) : 0;
   if (recomputed > 0) here.input_grad = true;
   for (int64_t first = 0; first < count; first += unit) {
     const auto end = std::min(count, first + unit);
@@ -42,6 +43,7 @@ std::vector<GPTModel::Segment> GPTModel::segments(const ActivationShape& shape) 
     }
     const auto produced = sum.saved;
     if (redo) sum.recompute(hidden);
+    if (first >= offloaded || !sum.output_grad) sum.offloaded = 0;
     if (sum.output_grad) {
       sum.saved += table;
       table = 0;

@@ -68,10 +68,11 @@ std::vector<std::pair<std::string, std::string>> explain(const Plan& plan, const
                         " bytes each here = " + size(static_cast<double>(memory.optimizer)));
   int64_t saved = 0, layers = 0, per_layer = 0;
   for (const auto& chunk : stage.chunks) {
-    saved += chunk.saved();
     for (const auto& segment : chunk.segments) {
+      const auto device = segment.footprint.saved - (request.gpu_kernels ? segment.footprint.offloaded : 0);
+      saved += device;
       layers += segment.layers;
-      if (segment.layers > 0) per_layer = segment.footprint.saved / segment.layers;
+      if (segment.layers > 0) per_layer = device / segment.layers;
     }
   }
   line("activations",
@@ -79,6 +80,10 @@ std::vector<std::pair<std::string, std::string>> explain(const Plan& plan, const
            number(static_cast<double>(layers)) + " layers of about " + size(static_cast<double>(per_layer)) + ", " +
            number(static_cast<double>(shape.tokens())) +
            " tokens each; the ends; hidden states between stages) = " + size(static_cast<double>(memory.activations)));
+  if (memory.offloaded > 0)
+    line("offloaded", "activations of the first " +
+                          number(static_cast<double>(request.config.cpu_offloading_num_layers)) +
+                          " layers wait in host memory: " + size(static_cast<double>(memory.offloaded)));
   line("workspace", "temporaries of the worst moment of backward = " + size(static_cast<double>(memory.workspace)));
   line("reserve", size(request.reserve) + " outside the engine + " + number(100 * request.margin) +
                       "% of activations and workspace = " + size(static_cast<double>(memory.reserve)));

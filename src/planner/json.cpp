@@ -29,6 +29,7 @@ Json to_json(const Plan& plan) {
                         {"communication", m.communication},
                         {"reserve", m.reserve},
                         {"total", m.total()}}},
+                      {"offloaded", m.offloaded},
                       {"communication", traffic}});
   }
   const auto& t = plan.time;

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <iterator>
 
 namespace mcore_bridge {
 namespace {
@@ -10,19 +11,31 @@ namespace {
 /// Bytes of one chunk's micro-batch: kept by forward, most beyond that in backward, waiting for the weights' gradients.
 struct ChunkMemory {
   int64_t saved = 0, temporary = 0, deferred = 0;
+  int64_t offloaded = 0;        ///< in host memory meanwhile; not in `saved` unless that is the host's memory too
   int64_t split_temporary = 0;  ///< `temporary` when the weights' gradients are put aside
   int64_t matrices = 0;         ///< those gradients, once they are made
 };
 
-ChunkMemory memory_of(const PlannedChunk& chunk) {
-  ChunkMemory result{.saved = chunk.saved()};
+/// `gpu`: host memory is another than the one that is counted.
+ChunkMemory memory_of(const PlannedChunk& chunk, bool gpu) {
+  ChunkMemory result;
+  for (const auto& segment : chunk.segments) {
+    result.saved += segment.footprint.saved - (gpu ? segment.footprint.offloaded : 0);
+    result.offloaded += segment.footprint.offloaded;
+  }
   int64_t alive = 0;  // beyond `saved`
   for (auto segment = chunk.segments.rbegin(); segment != chunk.segments.rend(); ++segment) {
     const auto& footprint = segment->footprint;
-    result.temporary = std::max(result.temporary, alive + footprint.workspace);
-    result.split_temporary = std::max(result.split_temporary, alive + result.deferred + footprint.workspace);
+    // Offloaded layers are back when their backward begins, those before them on their way. The CPU's copies are there
+    // twice until then.
+    const auto back = gpu ? footprint.offloaded : 0;
+    const auto before = std::next(segment);
+    const auto coming = footprint.offloaded > 0 && before != chunk.segments.rend() ? before->footprint.offloaded : 0;
+    const auto most = std::max(back + coming + footprint.workspace, footprint.offloaded);
+    result.temporary = std::max(result.temporary, alive + most);
+    result.split_temporary = std::max(result.split_temporary, alive + result.deferred + most);
     result.deferred += footprint.deferred;
-    alive -= footprint.saved;
+    alive -= footprint.saved - back;
   }
   for (const auto& parameter : chunk.parameters) {
     if (parameter.trainable && parameter.tensor.dim() > 1 && !parameter.traits.vocabulary)
@@ -32,24 +45,26 @@ ChunkMemory memory_of(const PlannedChunk& chunk) {
 }
 
 struct Peak {
-  int64_t kept = 0, all = 0;
+  int64_t kept = 0, all = 0, offloaded = 0;
 };
 
 /// Goes through the stage's computations.
 Peak play(const StageSchedule& row, const std::vector<ChunkMemory>& chunks) {
   Peak peak;
-  int64_t alive = 0;
+  int64_t alive = 0, away = 0;
   for (const auto& action : row) {
     const auto& chunk = chunks.at(static_cast<size_t>(action.chunk));
     switch (action.kind) {
       case Action::Kind::kForward:
         alive += chunk.saved;
+        away += chunk.offloaded;
         break;
       case Action::Kind::kBackward:
       case Action::Kind::kBackwardInput: {
         const bool split = action.kind == Action::Kind::kBackwardInput;
         peak.all = std::max(peak.all, alive + (split ? chunk.split_temporary : chunk.temporary));
         alive += (split ? chunk.deferred : 0) - chunk.saved;
+        away -= chunk.offloaded;
         break;
       }
       case Action::Kind::kBackwardWeight:
@@ -60,8 +75,10 @@ Peak play(const StageSchedule& row, const std::vector<ChunkMemory>& chunks) {
         break;
     }
     peak.kept = std::max(peak.kept, alive);
+    peak.offloaded = std::max(peak.offloaded, away);
   }
-  return {peak.kept, std::max(peak.kept, peak.all)};
+  peak.all = std::max(peak.kept, peak.all);
+  return peak;
 }
 
 }  // namespace
@@ -71,12 +88,13 @@ MemoryEstimate estimate_memory(const PlannedStage& stage, const PlanRequest& req
   MemoryEstimate result;
   const auto& buffers = stage.buffers;
   std::vector<ChunkMemory> chunks;
-  for (const auto& chunk : stage.chunks) chunks.push_back(memory_of(chunk));
+  for (const auto& chunk : stage.chunks) chunks.push_back(memory_of(chunk, request.gpu_kernels));
   const auto peak = play(row, chunks);
   result.weights = buffers.weights;
   result.gradients = buffers.gradients;
   result.optimizer = buffers.optimizer;
   result.activations = peak.kept;
+  result.offloaded = peak.offloaded;
   // Messages: where a stage follows, the gradient at work and what comes or goes beside it; where one comes before, the
   // next input.
   const int64_t follows = stage.chunks.back().place.post_process ? 0 : 1,

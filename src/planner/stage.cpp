@@ -8,27 +8,16 @@
 
 namespace mcore_bridge {
 
-int64_t PlannedChunk::saved() const {
-  int64_t sum = 0;
-  for (const auto& segment : segments) sum += segment.footprint.saved;
-  return sum;
-}
-
-double PlannedStage::forward_flops() const {
+double PlannedStage::flops(double Footprint::*kind) const {
   double sum = 0;
   for (const auto& chunk : chunks) {
-    for (const auto& segment : chunk.segments) sum += segment.footprint.forward_flops;
+    for (const auto& segment : chunk.segments) sum += segment.footprint.*kind;
   }
   return sum;
 }
 
-double PlannedStage::backward_flops() const {
-  double sum = 0;
-  for (const auto& chunk : chunks) {
-    for (const auto& segment : chunk.segments) sum += segment.footprint.backward_flops;
-  }
-  return sum;
-}
+double PlannedStage::forward_flops() const { return flops(&Footprint::forward_flops); }
+double PlannedStage::backward_flops() const { return flops(&Footprint::backward_flops); }
 
 ActivationShape activation_shape(const PlanRequest& request) {
   const auto context = request.config.context_parallel_size;

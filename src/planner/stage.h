@@ -14,7 +14,6 @@ struct PlannedChunk {
   ChunkPlace place;
   std::vector<ManagedParameter> parameters;  ///< meta tensors, trainable as training would set it
   std::vector<GPTModel::Segment> segments;
-  int64_t saved() const;  ///< bytes one micro-batch keeps
 };
 
 struct PlannedStage {
@@ -23,6 +22,9 @@ struct PlannedStage {
   int64_t boundary = 0;  ///< bytes of the hidden states that cross a stage boundary, per micro-batch
   double forward_flops() const;
   double backward_flops() const;
+
+ private:
+  double flops(double Footprint::*kind) const;
 };
 
 /// By pipeline stage; stages that hold alike share one.

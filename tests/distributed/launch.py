@@ -15,7 +15,7 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def launch(arguments, processes, timeout=600, torchrun=()):
+def launch(arguments, processes, timeout=1200, torchrun=()):
     """Runs a Python command line on `processes` ranks (1: without torchrun); returns the finished process. `torchrun`: further
     flags of it."""
     prefix = [sys.executable]

@@ -4,9 +4,9 @@ import pytest
 import tiny
 import torch
 from launch import run_cases
+from same_training import same_training
 
 STEPS = 20
-LOSS = 1e-5
 
 # (name, processes, layout)
 LAYOUTS = {
@@ -54,6 +54,10 @@ FAST = [
 SLOW = [(model, variant, EVERY_LAYOUT) for model in MODELS for variant in VARIANTS]
 
 
+def case_of(variant, layout):
+    return dict(name=f"{variant}-{layout}", layout=LAYOUTS[layout][1], steps=STEPS, **VARIANTS[variant])
+
+
 def results_of(plan, folder):
     found = {}
     for model in {model for model, _, _ in plan}:
@@ -63,11 +67,9 @@ def results_of(plan, folder):
         tiny.save(family, work / "model", **overrides)
         cases = {1: {}, 2: {}, 4: {}}
         for _, variant, layouts in (entry for entry in plan if entry[0] == model):
-            settings = dict(steps=STEPS, **VARIANTS[variant])
-            cases[1][variant] = dict(name=variant, **settings)
+            cases[1][variant] = dict(name=variant, steps=STEPS, **VARIANTS[variant])
             for name in layouts:
-                processes, layout = LAYOUTS[name]
-                cases[processes][f"{variant}-{name}"] = dict(name=f"{variant}-{name}", layout=layout, **settings)
+                cases[LAYOUTS[name][0]][f"{variant}-{name}"] = case_of(variant, name)
         for processes, some in cases.items():
             if some:
                 results = run_cases(work / "model", list(some.values()), processes, work)
@@ -77,22 +79,10 @@ def results_of(plan, folder):
 
 def check(found, plan):
     for model, variant, layouts in plan:
-        expected = found[f"{model}-{variant}"]
-        assert expected["losses"][-1] < expected["losses"][0], "the reference does not learn"
         for layout in layouts:
-            what = f"{model} {variant} {layout}"
-            actual = found[f"{model}-{variant}-{layout}"]
-            assert actual["loss_tokens"] == expected["loss_tokens"], what
-            assert abs(actual["norms"][0] / expected["norms"][0] - 1) < 1e-5, f"{what}: norm of the first step"
-            for key, tolerance in (("losses", LOSS), ("norms", 1e-3)):
-                for step, (a, b) in enumerate(zip(actual[key], expected[key], strict=True)):
-                    assert abs(a - b) <= tolerance * max(1.0, abs(b)), f"{what}: {key} of step {step}: {a} and {b}"
-            assert abs(actual["evaluated"] - expected["evaluated"]) <= LOSS * max(1.0, expected["evaluated"]), what
-            assert tiny.relative(actual["logits"], expected["logits"]) < 2e-4, what
-            for kind in ("weights", "adapter"):
-                assert actual[kind].keys() == expected[kind].keys()
-                for name, tensor in expected[kind].items():
-                    assert tiny.relative(actual[kind][name], tensor) < 2e-3, f"{what}: {name}"
+            case = case_of(variant, layout)
+            actual = found[f"{model}-{case['name']}"]
+            same_training(found[f"{model}-{variant}"], actual, case, LAYOUTS[layout][0], model)
 
 
 def row_lengths(steps=STEPS, total=4):

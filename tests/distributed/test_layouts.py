@@ -4,9 +4,9 @@ import pytest
 import tiny
 import torch
 from launch import run_cases
+from same_training import same_training
 
 STEPS = 20
-LOSS = 1e-5
 
 # (name, processes, layout)
 LAYOUTS = [
@@ -42,14 +42,12 @@ VARIANTS = {
 }
 
 
-def cases_for(processes):
-    cases = []
-    for variant, settings in VARIANTS.items():
-        for name, count, layout in LAYOUTS:
-            if count != processes:
-                continue
-            cases.append(dict(name=f"{variant}-{name}", layout=layout, steps=STEPS, **settings))
-    return cases
+CASES = {
+    (variant, name): dict(name=f"{variant}-{name}", layout=layout, steps=STEPS, **settings)
+    for variant, settings in VARIANTS.items()
+    for name, _, layout in LAYOUTS
+}
+PROCESSES = {name: count for name, count, _ in LAYOUTS}
 
 
 @pytest.fixture(scope="module", params=["qwen3", pytest.param("llama", marks=pytest.mark.slow)])
@@ -60,40 +58,27 @@ def results(request, tmp_path_factory):
     single = [dict(name=variant, steps=STEPS, **settings) for variant, settings in VARIANTS.items()]
     found = run_cases(work / "model", single, 1, work)
     for processes in (2, 4):
-        cases = cases_for(processes)
+        cases = [dict(case) for (_, name), case in CASES.items() if PROCESSES[name] == processes]
         cases += [dict(name=f"untouched-{name}", layout=layout, steps=0) for name, count, layout in LAYOUTS if count == processes]
         for case in cases:
             if case["name"].startswith(("full-", "untouched-")):
                 case["save"] = str(work / case["name"])
         found.update(run_cases(work / "model", cases, processes, work))
-    return found, work
-
-
-def close(actual, expected, tolerance):
-    return all(abs(a - b) <= tolerance * max(1.0, abs(b)) for a, b in zip(actual, expected, strict=True))
+    return found, work, request.param
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("layout", [name for name, _, _ in LAYOUTS])
 def test_same_as_one_rank(results, variant, layout):
-    found, _ = results
-    expected, actual = found[variant], found[f"{variant}-{layout}"]
-    assert expected["losses"][-1] < expected["losses"][0], "the reference does not learn"
-    assert close(actual["losses"], expected["losses"], LOSS)
-    assert close(actual["norms"], expected["norms"], 1e-3)
-    assert close([actual["evaluated"]], [expected["evaluated"]], LOSS)
-    assert tiny.relative(actual["logits"], expected["logits"]) < 2e-4
-    for kind in ("weights", "adapter"):
-        assert actual[kind].keys() == expected[kind].keys()
-        for name, tensor in expected[kind].items():
-            assert tiny.relative(actual[kind][name], tensor) < 2e-3, name
+    found, _, model = results
+    same_training(found[variant], found[f"{variant}-{layout}"], CASES[variant, layout], PROCESSES[layout], model)
 
 
 def test_saved_files_hold_the_weights(results):
     from mcore_bridge.bridge import inspect_checkpoint
     from safetensors.torch import load_file
 
-    found, work = results
+    found, work, _ = results
     for name, _, _ in LAYOUTS:
         folder = work / f"full-{name}"
         saved = {}
@@ -120,7 +105,7 @@ def test_round_trip_is_bit_identical(results):
     """Hugging Face -> any layout -> Hugging Face, through the files and through the stream."""
     from safetensors.torch import load_file
 
-    found, work = results
+    found, work, _ = results
     base = base_of(work)
     for name, _, _ in LAYOUTS:
         saved = {}
@@ -133,7 +118,7 @@ def test_round_trip_is_bit_identical(results):
 
 
 def test_base_is_frozen_under_lora(results, tmp_path):
-    found, work = results
+    found, work, _ = results
     base = base_of(work)
     for name, result in found.items():
         if name.startswith("lora"):

@@ -11,7 +11,8 @@ import pytest
 import tiny
 import torch
 from launch import HERE, environment, run_cases
-from test_layouts import LOSS, MODELS, STEPS, VARIANTS, close
+from same_training import close, same_training
+from test_layouts import MODELS, STEPS, VARIANTS
 
 ODD = {"odd": dict(micro_batches=5), "odd_lora_packed": dict(micro_batches=7, packed=True, lora=dict(r=4, lora_alpha=8))}
 ALL = {**VARIANTS, **ODD, "single": dict(micro_batches=1)}
@@ -58,7 +59,7 @@ def pairs(everything):
         for variant in ALL if everything else fast:
             if name.endswith("dp2") and ALL[variant].get("micro_batches", 4) % 2:
                 continue
-            yield name, processes, layout, variant
+            yield processes, variant, name, dict(name=f"{variant}-{name}", layout=layout, steps=STEPS, **ALL[variant])
 
 
 @pytest.fixture(
@@ -72,13 +73,10 @@ def results(request, tmp_path_factory):
     family, overrides = MODELS[model]
     tiny.save(family, work / "model", **overrides)
     chosen = list(pairs(everything))
-    used = {variant for _, _, _, variant in chosen}
+    used = {variant for _, variant, _, _ in chosen}
     found = run_cases(work / "model", [dict(name=name, steps=STEPS, **ALL[name]) for name in ALL if name in used], 1, work)
     for processes in (2, 4):
-        cases = []
-        for name, count, layout, variant in chosen:
-            if count == processes:
-                cases.append(dict(name=f"{variant}-{name}", layout=layout, steps=STEPS, **ALL[variant]))
+        cases = [case for count, _, _, case in chosen if count == processes]
         for name, count, layout, _ in PIPELINES:
             if count == processes:
                 cases.append(dict(name=f"untouched-{name}", layout=layout, steps=0, save=str(work / f"untouched-{name}")))
@@ -91,28 +89,15 @@ def results(request, tmp_path_factory):
             alone = dict(pp=4, **fields(pipeline_model_parallel_layout="E|tt|tt|ttL"))
             cases.append(dict(name="peak", layout=alone, steps=0, peak=[8, 128, 8]))
         found.update(run_cases(work / "model", cases, processes, work))
-    return found, work, everything
-
-
-def compare(found, variant, name):
-    expected, actual = found[variant], found[f"{variant}-{name}"]
-    assert expected["losses"][-1] < expected["losses"][0], "the reference does not learn"
-    assert close(actual["losses"], expected["losses"], LOSS), name
-    assert close(actual["norms"], expected["norms"], 1e-3), name
-    assert close([actual["evaluated"]], [expected["evaluated"]], LOSS), name
-    assert tiny.relative(actual["logits"], expected["logits"]) < 2e-4, name
-    for kind in ("weights", "adapter"):
-        assert actual[kind].keys() == expected[kind].keys()
-        for key, tensor in expected[kind].items():
-            assert tiny.relative(actual[kind][key], tensor) < 2e-3, (name, key)
+    return found, work, request.param
 
 
 @pytest.mark.parametrize("pipeline", [name for name, _, _, _ in PIPELINES])
 def test_same_as_one_rank(results, pipeline):
-    found, _, everything = results
-    for name, _, _, variant in pairs(everything):
+    found, _, (model, everything) = results
+    for processes, variant, name, case in pairs(everything):
         if name == pipeline:
-            compare(found, variant, name)
+            same_training(found[variant], found[case["name"]], case, processes, model)
 
 
 def test_split_backward_is_the_same_backward(results):

@@ -39,6 +39,23 @@ CASES = {
     "no_rope_all_groups": (dict(position_embedding_type="none", num_query_groups=8), None),
     "partial_rope": (dict(rotary_percent=0.5), None),
     "hidden_dropout": (dict(hidden_dropout=0.1), None),
+    "attention_dropout": (dict(attention_dropout=0.1), None),
+    "attention_dropout_bf16": (dict(attention_dropout=0.1, qk_layernorm=True, params_dtype="bfloat16"), None),
+    "attention_dropout_all_groups": (dict(attention_dropout=0.1, num_query_groups=8, qk_layernorm=True), None),
+    "attention_dropout_views": (
+        dict(attention_dropout=0.1, num_query_groups=8, position_embedding_type="none"),
+        None,
+    ),
+    "attention_dropout_recompute": (dict(attention_dropout=0.1, recompute_granularity="selective"), None),
+    "window": (dict(window_size=[7, 0]), None),
+    "offload": (dict(cpu_offloading=True, cpu_offloading_num_layers=2), None),
+    "offload_qk_norm": (dict(cpu_offloading=True, cpu_offloading_num_layers=3, qk_layernorm=True), None),
+    "offload_views": (dict(cpu_offloading=True, cpu_offloading_num_layers=1, position_embedding_type="none"), None),
+    "offload_mlp": (
+        dict(cpu_offloading=True, cpu_offloading_num_layers=2, recompute_granularity="selective", recompute_modules=["mlp"]),
+        None,
+    ),
+    "offload_lora": (dict(cpu_offloading=True, cpu_offloading_num_layers=2), dict(r=4, lora_dropout=0.1)),
     "recompute": (dict(recompute_granularity="full"), None),
     "recompute_units": (dict(recompute_granularity="full", recompute_num_layers=2), None),
     "recompute_block": (dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=1), None),
@@ -73,15 +90,18 @@ def build(fields, lora=None):
 @pytest.mark.parametrize("name", CASES)
 def test_saved_bytes(name):
     model = build(*CASES[name])
-    kept = kept_bytes(model, batch())
+    kept, offloaded = kept_bytes(model, batch())
     if name in ("recompute", "recompute_units", "lora_recompute"):
         # cos and sin, which recomputed layers hold without autograd's knowledge.
         kept += 2 * BATCH * LENGTH * BASE["kv_channels"] // 2 * 4
     segments = _core.segments(model.engine, BATCH, LENGTH, training_loss=False)
     assert sum(segment["saved"] for segment in segments) == kept, segments
+    assert sum(segment["offloaded"] for segment in segments) == offloaded, segments
+    assert (offloaded > 0) == name.startswith("offload")
 
 
-def test_saved_bytes_of_packed_rows():
-    model = build({})
+@pytest.mark.parametrize("fields", [{}, dict(attention_dropout=0.1), dict(window_size=[7, 0])], ids=str)
+def test_saved_bytes_of_packed_rows(fields):
+    model = build(fields)
     segments = _core.segments(model.engine, 1, 60, documents=3, training_loss=False)
-    assert sum(segment["saved"] for segment in segments) == kept_bytes(model, batch([20, 20, 20]))
+    assert sum(segment["saved"] for segment in segments) == kept_bytes(model, batch([20, 20, 20]))[0]

@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from mcore_bridge.data.interleave import check, draws, interleave
 from mcore_bridge.data.loader import Loader
 from mcore_bridge.data.sampler import Sampler
 from mcore_bridge.data.stream import Stream, start_position
-from mcore_bridge.training import checkpoints, resume, rng_state
+from mcore_bridge.training import checkpoints, reporters, resume, rng_state
 from mcore_bridge.training.guards import SpikeDetector
 from mcore_bridge.training.profile import parse_steps
 from torch.distributed import HashStore
@@ -262,6 +263,29 @@ def test_a_run_from_the_beginning_begins_a_log(tmp_path):
     assert logged("logging.previous.jsonl") == [1, 2] and logged("logging.previous-2.jsonl") == [1, 2, 3]
     shown = EventAccumulator(str(tmp_path / "runs")).Reload().Scalars("train/loss")
     assert [event.step for event in shown] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("name", ["wandb", "swanlab"])
+def test_a_run_that_goes_on_is_the_same_run_to_its_trackers(tmp_path, monkeypatch, name):
+    """A stand-in for the service's module: what it is given, and that a second attempt names the first one's id."""
+    calls = []
+
+    def init(**given):
+        calls.append(given)
+        return SimpleNamespace(id=given.get("id") or f"run{len(calls)}", log=log, finish=lambda: calls.append("finish"))
+
+    def log(numbers, step):
+        calls.append((step, numbers))
+
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=init, log=log, finish=lambda: calls.append("finish")))
+    arguments = SimpleNamespace(report_to=[name], **{f"{name}_project": None, f"{name}_exp_name": "tiny"})
+    for resumed in (0, 5, 0):
+        (reporter,) = reporters.open_all(arguments, tmp_path, resumed)
+        reporter.write(resumed + 1, {"train/loss": 2.0})
+        reporter.close()
+    assert [calls[at].get("id") for at in (0, 3, 6)] == [None, "run1", None]
+    assert calls[0]["project"] == "megatron-swift" and calls[3]["resume"] == "allow" and not calls[6].get("resume")
+    assert calls[1] == (1, {"train/loss": 2.0}) and calls[4][0] == 6 and calls[2] == calls[5] == "finish"
 
 
 def test_old_checkpoints_go_but_not_the_last(tmp_path):

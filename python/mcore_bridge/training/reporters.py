@@ -22,17 +22,26 @@ class Tensorboard:
         self.writer.close()
 
 
+def earlier_run(output_dir, name, resumed):
+    """The id under which a run that goes on was known to a service, and the file that remembers it."""
+    file = Path(output_dir) / f".{name}-run"
+    return file.read_text().strip() if resumed and file.is_file() else None, file
+
+
 class Wandb:
     def __init__(self, arguments, output_dir, resumed):
         import wandb
 
+        earlier, file = earlier_run(output_dir, "wandb", resumed)
         self.run = wandb.init(
             project=arguments.wandb_project or DEFAULT_PROJECT,
             name=arguments.wandb_exp_name or str(output_dir),
             dir=str(output_dir),
             config=vars(arguments),
-            resume="allow" if resumed else None,
+            id=earlier,
+            resume="allow" if earlier else None,
         )
+        file.write_text(self.run.id)
 
     def write(self, step, numbers):
         self.run.log(numbers, step=step)
@@ -46,12 +55,15 @@ class Swanlab:
         import swanlab
 
         self.lab = swanlab
-        swanlab.init(
+        earlier, file = earlier_run(output_dir, "swanlab", resumed)
+        run = swanlab.init(
             project=arguments.swanlab_project or DEFAULT_PROJECT,
             experiment_name=arguments.swanlab_exp_name or str(output_dir),
             logdir=str(Path(output_dir) / "swanlog"),
             config=vars(arguments),
+            **(dict(id=earlier, resume="allow") if earlier else {}),
         )
+        file.write_text(run.id)
 
     def write(self, step, numbers):
         self.lab.log(numbers, step=step)

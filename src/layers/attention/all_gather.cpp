@@ -42,8 +42,7 @@ struct AllGather : Function<AllGather> {
     const auto dkv = at::zeros(kv.sizes(), sums);
     auto dk = dkv.select(1, 0), dv = dkv.select(1, 1);
     attend_backward(whole, kv.select(1, 0), kv.select(1, 1), plan.tiles(kept.window)[0], dq, dk, dv);
-    const auto summed =
-        plan.natural.defined() ? plan.group.reduce_scatter(dkv.index_select(0, plan.rank_major)) : dkv;
+    const auto summed = plan.natural.defined() ? plan.group.reduce_scatter(dkv.index_select(0, plan.rank_major)) : dkv;
     const auto mine = summed.to(saved[1].scalar_type());
     return {dq.to(saved[0].scalar_type()),
             mine.select(1, 0),

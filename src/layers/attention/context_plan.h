@@ -25,7 +25,8 @@ struct ContextPlan {
   std::vector<int64_t> ends;  ///< documents of the whole row, as cu_seqlens
   /// kRing: one set per step, step i against the keys of rank - i. kAllGather: one set, against keys in natural order.
   std::vector<TileSet> full, windowed;
-  at::Tensor natural;     ///< int64, undefined with one rank: takes rows of all ranks, laid one after another, into natural order
+  at::Tensor
+      natural;  ///< int64, undefined with one rank: takes rows of all ranks, laid one after another, into natural order
   at::Tensor rank_major;  ///< the way back
 
   const std::vector<TileSet>& tiles(bool window) const { return window ? windowed : full; }

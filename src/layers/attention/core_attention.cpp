@@ -10,6 +10,7 @@
 #include "layers/attention/all_gather.h"
 #include "layers/attention/all_to_all.h"
 #include "layers/attention/ring.h"
+#include "layers/offload.h"
 #include "mcore_bridge/error.h"
 
 namespace mcore_bridge {
@@ -109,6 +110,7 @@ at::Tensor attention_by_heads(const at::Tensor& q, const at::Tensor& k, const at
   const auto queries = q.size(2) / cp, keys = k.size(2) / cp;
   const auto out = core_attention(heads.narrow(2, 0, queries), heads.narrow(2, queries, keys),
                                   heads.narrow(2, queries + keys, keys), {}, input.packed, options, training);
+  for (const auto& kept : {heads, out}) ActivationOffload::keep(kept);
   return heads_to_sequence(out.unflatten(-1, {queries, q.size(3)}), plan);
 }
 
@@ -142,8 +144,24 @@ at::Tensor context_attention(const at::Tensor& q, const at::Tensor& k, const at:
   return {};
 }
 
+namespace {
+
+/// Bytes of all heads' scores in fp32: every query against every key of its document.
+int64_t score_bytes(const HeadLayout& heads, const ActivationShape& shape) {
+  return shape.tokens() * heads.heads * (shape.sequence * shape.context / shape.documents) * 4;
+}
+
+/// Bytes of the masks by which the CPU knows a window that hides something.
+int64_t window_masks(const CoreAttentionOptions& options, const ActivationShape& shape) {
+  const auto length = shape.sequence * shape.context / shape.documents;
+  const bool masked = !shape.fused && options.window_left >= 0 && options.window_left < length - 1;
+  return masked && !keeps_scores(options, shape) ? shape.documents * length * length * shape.element : 0;
+}
+
+}  // namespace
+
 Footprint core_attention_footprint(const HeadLayout& heads, const CoreAttentionInputs& inputs,
-                                   const CoreAttentionOptions& options, const ActivationShape& shape) {
+                                   const CoreAttentionOptions& options, const ActivationShape& shape, bool tiles) {
   const auto tokens = shape.tokens(), q = tokens * heads.heads * heads.head_dim * shape.element,
              kv = tokens * heads.groups * heads.head_dim * shape.element;
   // Two products of [queries, keys attended], twice as many in backward (not counting the scores it makes again).
@@ -152,12 +170,25 @@ Footprint core_attention_footprint(const HeadLayout& heads, const CoreAttentionI
   Footprint result{.forward_flops = 2 * flops, .output_grad = shape.input_grad};
   if (!shape.input_grad) return result;
   result.backward_flops = 4 * flops;
-  result.saved = q + tokens * heads.heads * 4;  // output, fp32 log-sum-exp
-  if (!inputs.q_kept) result.saved += q;
-  if (!inputs.k_kept) result.saved += kv;
-  if (!inputs.v_kept) result.saved += kv;
-  if (!shape.fused && shape.documents > 1) result.saved += q;  // documents one by one, then joined
-  result.workspace = 2 * q + 2 * kv;                           // gradients of output, q, k and v
+  if (keeps_scores(options, shape)) {
+    // Scaled queries and keys, a head of keys and values for every query's; probabilities, mask, what it leaves.
+    const auto wide = q / shape.element * 4, scores = score_bytes(heads, shape);
+    const bool values = reads_values(heads, shape);
+    result.offloaded = q + (values && !inputs.v_kept ? kv : 0);
+    result.saved = result.offloaded + (values ? 2 : 3) * wide + 3 * scores;
+    result.workspace = 4 * wide + 3 * scores;
+    return result;
+  }
+  result.offloaded = q;  // output
+  if (!inputs.q_kept) result.offloaded += q;
+  if (!inputs.k_kept) result.offloaded += kv;
+  if (!inputs.v_kept) result.offloaded += kv;
+  result.saved = result.offloaded + tokens * heads.heads * 4;  // fp32 log-sum-exp
+  if (!tiles) {
+    result.saved += window_masks(options, shape);
+    if (!shape.fused && shape.documents > 1) result.saved += q;  // documents one by one, then joined
+  }
+  result.workspace = 2 * q + 2 * kv;  // gradients of output, q, k and v
   return result;
 }
 
@@ -168,9 +199,7 @@ Footprint context_attention_footprint(const HeadLayout& heads, const CoreAttenti
   const auto tokens = shape.tokens(), q = tokens * heads.heads * heads.head_dim,
              kv = tokens * heads.groups * heads.head_dim;
   constexpr int64_t kSum = 4;  // bytes of what is added up
-  auto whole = shape;
-  if (transport != Transport::kAllToAll) whole.documents = 1;  // tiles keep documents apart in one result
-  auto result = core_attention_footprint(heads, inputs, options, whole);
+  auto result = core_attention_footprint(heads, inputs, options, shape, transport != Transport::kAllToAll);
   switch (transport) {
     case Transport::kRing:
       result.context_forward = Traffic::exchange(2 * kv * e) * (cp - 1);
@@ -191,8 +220,19 @@ Footprint context_attention_footprint(const HeadLayout& heads, const CoreAttenti
       result.context_backward = result.context_forward;
       if (shape.input_grad) {
         // Views of one exchanged tensor, the output, and the same back in this rank's part of the sequence.
-        result.saved = (q + 2 * kv) * e + 2 * q * e + tokens * heads.heads * 4;
-        result.workspace = 3 * (q + 2 * kv) * e;
+        const auto exchanged = (q + 2 * kv) * e, workspace = 3 * exchanged;
+        if (keeps_scores(options, shape)) {
+          const auto values = reads_values(heads, shape) ? exchanged - (inputs.v_kept ? 0 : kv * e) : 0;
+          result.saved += values;
+          result.offloaded += values;
+          result.workspace += workspace;
+        } else {
+          // Documents one by one are kept in the place of the output that joins them.
+          const auto outputs = shape.fused || shape.documents == 1 ? 2 * q * e : q * e;
+          result.offloaded = exchanged + outputs;
+          result.saved = exchanged + 2 * q * e + tokens * heads.heads * 4 + window_masks(options, shape);
+          result.workspace = workspace;
+        }
       }
       break;
   }

@@ -49,12 +49,22 @@ at::Tensor masked_attention_with_sinks(const at::Tensor& q, const at::Tensor& k,
 /// has the sliding window of options.window_left. `sinks` [n] or undefined: see masked_attention_with_sinks.
 at::Tensor context_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionInput& input,
                              bool window, const CoreAttentionOptions& options, bool training, const at::Tensor& sinks);
-/// Of core_attention with these local heads, its three inputs included unless they are kept.
+/// Of core_attention with these local heads, its three inputs included unless somebody else keeps (and counts) them.
 struct CoreAttentionInputs {
   bool q_kept = false, k_kept = false, v_kept = false;
 };
+/// With dropout libtorch's CPU has no fused kernel: the scores exist, and are kept in fp32.
+inline bool keeps_scores(const CoreAttentionOptions& options, const ActivationShape& shape) {
+  return options.dropout > 0 && !shape.fused;
+}
+/// Whether backward then reads the values themselves, not a copy for every query head in fp32.
+inline bool reads_values(const HeadLayout& heads, const ActivationShape& shape) {
+  return heads.heads == heads.groups && shape.element == 4;
+}
+/// `tiles`: computed by tiles (tile.h), which give one result for all documents and need no masks for windows.
 Footprint core_attention_footprint(const HeadLayout& heads, const CoreAttentionInputs& inputs,
-                                   const CoreAttentionOptions& options, const ActivationShape& shape);
+                                   const CoreAttentionOptions& options, const ActivationShape& shape,
+                                   bool tiles = false);
 /// Of context_attention, what it passes on to the linear layer behind included.
 Footprint context_attention_footprint(const HeadLayout& heads, const CoreAttentionInputs& inputs,
                                       const CoreAttentionOptions& options, Transport transport,

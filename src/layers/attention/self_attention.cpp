@@ -149,13 +149,25 @@ Footprint SelfAttention::footprint(const ActivationShape& shape) const {
   const bool norm = (q_norm_ && !whole_norm_) || l2_norm_.defined();
   // On the CPU heads that neither turn nor are normalised are views as well, where their strides allow it.
   const bool views = !shape.fused && !rope_ && !norm;
+  const bool exchanged = shape.context > 1 && transport_ == Transport::kAllToAll;  // in a copy of all three
+  const bool scores = keeps_scores(core_, shape), again = scores && recompute_core_;
+  const bool views_kept = views && !exchanged && (!scores || again);
   const CoreAttentionInputs kept{
       .q_kept = views && (local_.groups == 1 || local_.groups == local_.heads), .k_kept = views, .v_kept = norm};
-  if (inner.input_grad && (norm || views)) result.saved += fused;
+  if (inner.input_grad && (norm || views_kept)) {
+    result.saved += fused;
+    result.offloaded += fused;
+  }
   if (inner.input_grad && whole_norm_) result.saved += fused;  // the row in front of the norm
   if (inner.input_grad && clip_) result.saved += fused;
+  if (inner.input_grad && (whole_norm_ || clip_)) result.offloaded += fused;  // the projection itself
   auto core = shape.context > 1 ? context_attention_footprint(local_, kept, core_, transport_, inner)
                                 : core_attention_footprint(local_, kept, core_, inner);
+  if (again && inner.input_grad) {
+    const auto head = shape.tokens() * local_.head_dim * shape.element, out = head * local_.heads;
+    core.recompute((kept.q_kept ? 0 : out) + head * local_.groups * ((kept.k_kept ? 0 : 1) + (kept.v_kept ? 0 : 1)));
+    core.offloaded = core.saved += out;
+  }
   core.workspace = std::max(core.workspace, 2 * fused);
   result += core;
   inner.input_kept = true;
