@@ -1,12 +1,12 @@
 """Peak memory of a training step by what is recomputed, offloaded or split: `python benchmarks/activation_memory.py [MODE ...]`.
 
-Each mode runs in processes of its own; printed is how far rank 0's resident memory (a GPU: its allocator) rose above what it
-was before the first step, which holds weights, gradients and optimizer state already, and the time of the second step."""
+Each mode runs in processes of its own; printed is how far the tensors of rank 0 rose above what there was before the step (weights,
+gradients, optimizer states), as the allocator counts them, and the time of the step after. On the CPU offloaded activations are
+in the memory that is counted."""
 
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -33,21 +33,15 @@ MODEL = dict(
 SIZES = ("tensor_model_parallel_size", "context_parallel_size")
 
 
-def resident():
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def run(fields, length, rows):
     import mcore_bridge as mb
     import torch
+    from plan_memory import Meter
 
     if "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")
     torch.set_num_threads(1)
+    step = Meter()
     mb.initialize_model_parallel(**{key: fields[key] for key in SIZES if key in fields})
     config = mb.ModelConfig(**mb.hf_to_mcore_config(MODEL), **fields)
     models = mb.get_mcore_model(config)
@@ -57,9 +51,9 @@ def run(fields, length, rows):
     batch = dict(input_ids=ids, labels=ids)
     small = dict(input_ids=ids[:, :16], labels=ids[:, :16])
     trainer.train_step([small])
-    before = resident()
-    trainer.train_step([batch])
-    peak = resident() - before
+    with step:
+        trainer.train_step([batch])
+    peak = step.peak - step.before
     start = time.monotonic()
     loss = trainer.train_step([batch]).loss
     seconds = time.monotonic() - start

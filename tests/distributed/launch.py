@@ -9,13 +9,15 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
+# Seconds before a launch is taken to hang; a machine that others load needs more.
+LIMIT = float(os.environ.get("MCB_LAUNCH_LIMIT", "1200"))
 
 
 def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def launch(arguments, processes, timeout=1200, torchrun=()):
+def launch(arguments, processes, timeout=LIMIT, torchrun=()):
     """Runs a Python command line on `processes` ranks (1: without torchrun); returns the finished process. `torchrun`: further
     flags of it."""
     prefix = [sys.executable]
