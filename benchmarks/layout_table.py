@@ -16,7 +16,7 @@ from pathlib import Path
 import plan_memory
 
 ROOT = Path(__file__).parents[1]
-MATRICES = ["layouts", "pipelines", "context_parallel", "optimizer", "eight_ranks"]
+MATRICES = ["layouts", "pipelines", "context_parallel", "optimizer", "eight_ranks", "moe"]
 
 
 def run_matrices(record):
@@ -67,6 +67,11 @@ def layout_name(case, processes):
         parts.append(f"{fields['num_layers_per_virtual_pipeline_stage']} layer a virtual stage")
     if "num_layers_in_first_pipeline_stage" in fields:
         parts.append(f"{fields['num_layers_in_first_pipeline_stage']} layers first")
+    for key in ("ep", "etp"):
+        if layout.get(key, 1) > 1:
+            parts.append(f"{key.upper()} {layout[key]}")
+    if fields.get("moe_token_dispatcher_type") == "allgather":
+        parts.append("all-gather dispatch")
     data = processes // (sizes["tp"] * sizes["cp"] * sizes["pp"])
     if data > 1:
         parts.append(f"DP {data}")
