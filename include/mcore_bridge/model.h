@@ -33,9 +33,10 @@ struct ForwardInput {
   at::Tensor
       attention_mask;  ///< undefined: causal; [b, s] 1 = token, 0 = padding; or bool [b, 1, s, s] with true = masked
   at::Tensor labels;   ///< int64 [b, s]; -100: no loss; undefined: return logits
-  /// With labels: what each token's loss counts. forward then returns the weighted sum of all losses instead of the
-  /// losses, and never holds the logits.
-  std::optional<double> loss_weight;
+  /// With labels: what each token's loss counts, a float64 scalar on the model's device. forward then returns the
+  /// weighted sum of all losses instead of the losses, and never holds the logits: it makes the head's gradients on the
+  /// way, so backward of that sum is to be given 1.
+  at::Tensor loss_weight;
   /// Mixture of experts: what this micro-batch's balance losses count beside its loss.
   double balance_loss_share = 1;
   at::Tensor hidden;  ///< [s (/ tp with sequence parallelism), b, h] from the previous stage

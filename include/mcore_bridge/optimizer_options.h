@@ -53,6 +53,10 @@ struct OptimizerOptions {
   bool optimizer_cpu_offload = false;
   double optimizer_offload_fraction = 1.0;  ///< share of the states kept in host memory and updated there
 
+  /// none | local: forward and backward of a micro-batch become one CUDA graph for each shape that comes back.
+  std::string cuda_graph_impl = "none";
+  int64_t cuda_graph_warmup_steps = 3;  ///< micro-batches of a shape before it is recorded
+
   // float16: the loss is scaled so that small gradients survive.
   double loss_scale = 0;  ///< 0: dynamic
   double initial_loss_scale = 4294967296.0, min_loss_scale = 1.0;

@@ -56,6 +56,8 @@ class Trainer {
   Optimizer& optimizer();
   /// Bytes this rank keeps: "parameters", "gradients", "optimizer", "optimizer_host".
   std::map<std::string, int64_t> memory() const;
+  /// Of cuda_graph_impl: graphs "recorded" and micro-batches "replayed" so far.
+  std::map<std::string, int64_t> cuda_graphs() const;
 
  private:
   struct State;

@@ -51,6 +51,11 @@ class Trainer:
         (masters and states), optimizer_host (the same in host memory)."""
         return self._engine.memory
 
+    @property
+    def cuda_graphs(self):
+        """With cuda_graph_impl="local": graphs `recorded` and micro-batches `replayed` so far."""
+        return self._engine.cuda_graphs
+
 
 @contextmanager
 def materialised(models):

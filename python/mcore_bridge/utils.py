@@ -84,5 +84,7 @@ def set_random_seed(
         numpy.random.seed(seed % 2**32)
     except ImportError:
         pass
+    if torch.cuda.is_available():
+        torch.cuda.init()  # before, torch puts the GPUs' seeds off until Python first uses one, which the engine never waits for
     torch.manual_seed(seed)
     _core.reset_random_streams()

@@ -84,11 +84,11 @@ void init_kernels(py::module_& module) {
               });
   kernels.def("softmax_gradient_", [](const at::Tensor& logits, const at::Tensor& labels, int64_t first, int64_t count,
                                       const at::Tensor& maximum, const at::Tensor& sum, const at::Tensor& weight) {
-    softmax_gradient_(logits, labels, {first, count}, {maximum, sum, maximum}, weight, 1);
+    softmax_gradient_(logits, labels, {first, count}, {maximum, sum, maximum}, weight);
   });
   kernels.def("softmax_statistics_and_gradient_",
-              [](const at::Tensor& logits, const at::Tensor& labels, int64_t count, double scale) {
-                const auto out = softmax_statistics_and_gradient_(logits, labels, {0, count}, scale);
+              [](const at::Tensor& logits, const at::Tensor& labels, int64_t count, const at::Tensor& weight) {
+                const auto out = softmax_statistics_and_gradient_(logits, labels, {0, count}, weight);
                 return std::tuple{out.maximum, out.sum, out.target};
               });
   kernels.def("expand_b", [](const at::Tensor& b, const std::vector<bool>& parts, int64_t blocks,

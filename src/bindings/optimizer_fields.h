@@ -50,6 +50,8 @@ void for_each_option(OptimizerOptions& options, Take&& take) {
   MCB_OPTION(exp_avg_sq_dtype)
   MCB_OPTION(optimizer_cpu_offload)
   MCB_OPTION(optimizer_offload_fraction)
+  MCB_OPTION(cuda_graph_impl)
+  MCB_OPTION(cuda_graph_warmup_steps)
   MCB_OPTION(loss_scale)
   MCB_OPTION(initial_loss_scale)
   MCB_OPTION(min_loss_scale)

@@ -93,6 +93,7 @@ void init_train(py::module_& module) {
              return trainer.evaluate(batches);
            })
       .def_property_readonly("memory", &Trainer::memory)
+      .def_property_readonly("cuda_graphs", &Trainer::cuda_graphs)
       .def_property("iteration", &Trainer::iteration, &Trainer::set_iteration);
 
   module.def("take_phase_seconds", &take_phase_seconds);

@@ -38,6 +38,13 @@ cuda::CrossEntropy arguments(const at::Tensor& logits, const at::Tensor& labels,
           .target = statistics.target.mutable_data_ptr<float>()};
 }
 
+void set_weight(cuda::CrossEntropy& p, const at::Tensor& weight) {
+  if (weight.dim() == 0)
+    p.scale = weight.const_data_ptr<double>();
+  else
+    p.weight = weight.const_data_ptr<float>();
+}
+
 /// Column of the label in the block, and whether it is there.
 std::pair<at::Tensor, at::Tensor> column_of(const at::Tensor& labels, VocabColumns columns) {
   const auto here = labels.ge(columns.first).logical_and_(labels.lt(columns.first + columns.count));
@@ -67,16 +74,15 @@ SoftmaxStatistics softmax_statistics(const at::Tensor& logits, const at::Tensor&
 }
 
 void softmax_gradient_(const at::Tensor& logits, const at::Tensor& given_labels, VocabColumns columns,
-                       const SoftmaxStatistics& statistics, const at::Tensor& weight, double scale) {
+                       const SoftmaxStatistics& statistics, const at::Tensor& weight) {
   const auto labels = given_labels.contiguous();
   if (const auto type = block_type(logits)) {
     const c10::DeviceGuard guard(logits.device());
     const SoftmaxStatistics readable{statistics.maximum.contiguous(), statistics.sum.contiguous(),
                                      statistics.target.contiguous()};
-    const auto weights = weight.defined() ? weight.to(at::kFloat).contiguous() : weight;
+    const auto weights = weight.dim() == 0 ? weight : weight.to(at::kFloat).contiguous();
     auto p = arguments(logits, labels, columns, readable);
-    p.weight = weights.defined() ? weights.const_data_ptr<float>() : nullptr;
-    p.scale = static_cast<float>(scale);
+    set_weight(p, weights);
     cuda::cross_entropy_gradient(p, *type, current_stream(logits));
     return;
   }
@@ -87,25 +93,24 @@ void softmax_gradient_(const at::Tensor& logits, const at::Tensor& given_labels,
   const auto [column, here] = column_of(labels, columns);
   auto gradient = (real.to(wide(logits)) - statistics.maximum.unsqueeze(1)).exp_().div_(statistics.sum.unsqueeze(1));
   gradient.scatter_add_(1, column.unsqueeze(1), here.to(gradient.scalar_type()).neg_().unsqueeze(1));
-  auto rows =
-      weight.defined() ? weight.to(gradient.scalar_type()) : at::full({logits.size(0)}, scale, gradient.options());
+  const auto rows = weight.to(gradient.scalar_type()).expand({logits.size(0)});
   gradient.mul_(rows.masked_fill(labels.lt(0), 0).unsqueeze(1));
   real.copy_(gradient);
 }
 
 SoftmaxStatistics softmax_statistics_and_gradient_(const at::Tensor& logits, const at::Tensor& given_labels,
-                                                   VocabColumns columns, double scale) {
+                                                   VocabColumns columns, const at::Tensor& weight) {
   const auto labels = given_labels.contiguous();
   if (const auto type = block_type(logits)) {
     const c10::DeviceGuard guard(logits.device());
     auto statistics = empty_statistics(logits);
     auto p = arguments(logits, labels, columns, statistics);
-    p.scale = static_cast<float>(scale);
+    set_weight(p, weight);
     cuda::cross_entropy_both(p, *type, current_stream(logits));
     return statistics;
   }
   const auto statistics = softmax_statistics(logits, labels, columns);
-  softmax_gradient_(logits, labels, columns, statistics, {}, scale);
+  softmax_gradient_(logits, labels, columns, statistics, weight);
   return statistics;
 }
 

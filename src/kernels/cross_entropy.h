@@ -23,12 +23,12 @@ struct SoftmaxStatistics {
 SoftmaxStatistics softmax_statistics(const at::Tensor& logits, const at::Tensor& labels, VocabColumns columns);
 
 /// logits <- (softmax - one-hot(label)) * weight, in place; rows without loss and padding columns become 0.
-/// `weight`: fp32 [rows], or undefined for `scale` everywhere.
+/// `weight`: [rows], or a float64 scalar for all rows; on the logits' device, so that the host need not know it.
 void softmax_gradient_(const at::Tensor& logits, const at::Tensor& labels, VocabColumns columns,
-                       const SoftmaxStatistics& statistics, const at::Tensor& weight, double scale);
+                       const SoftmaxStatistics& statistics, const at::Tensor& weight);
 
 /// Both, for a block that holds the whole vocabulary.
 SoftmaxStatistics softmax_statistics_and_gradient_(const at::Tensor& logits, const at::Tensor& labels,
-                                                   VocabColumns columns, double scale);
+                                                   VocabColumns columns, const at::Tensor& weight);
 
 }  // namespace mcore_bridge

@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "kernels/cross_entropy.h"
 #include "layers/main_gradient.h"
@@ -58,7 +59,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
     sizes.push_back(saved[0].size(1));
     const auto grad = saved[0].clone();
     softmax_gradient_(grad, saved[1], {context->saved_data["first"].toInt(), context->saved_data["count"].toInt()},
-                      {saved[2], saved[3], saved[4]}, grads[0].reshape({-1}), 1);
+                      {saved[2], saved[3], saved[4]}, grads[0].reshape({-1}));
     return {grad.view(sizes), Variable(), Variable(), Variable()};
   }
 };
@@ -90,9 +91,11 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
     const auto columns = columns_of(local, options->vocab_size, *group);
     // Low precision sums over chunks in fp32.
     const auto wide = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const auto main = wants_weight ? main_gradient(weight) : nullptr;
     at::Tensor grad_x, grad_weight;
     if (wants_x) grad_x = at::empty(x.sizes(), x.options());
-    if (wants_weight) grad_weight = at::empty(weight.sizes(), weight.options().dtype(wide));
+    if (wants_weight) grad_weight = main ? main->grad : at::empty(weight.sizes(), weight.options().dtype(wide));
+    bool fresh = !main || main->fresh;
     auto loss = at::zeros({}, x.options().dtype(at::kDouble));
     const auto step = chunk_rows(rows, local * x.element_size());
     const auto buffer = at::empty({step, local}, x.options());
@@ -108,18 +111,21 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
       } else {
         statistics = softmax_statistics(logits, label, columns);
         join(statistics, *group);
-        if (gradients) softmax_gradient_(logits, label, columns, statistics, {}, options->loss_weight);
+        if (gradients) softmax_gradient_(logits, label, columns, statistics, options->loss_weight);
       }
-      loss.add_(losses_of(statistics, label).sum(at::kDouble), options->loss_weight);
+      loss.addcmul_(losses_of(statistics, label).sum(at::kDouble), options->loss_weight);
       if (wants_x) {
         auto grad = grad_x.narrow(0, first, count);
         at::mm_out(grad, logits, weight);
       }
-      if (wants_weight) accumulate_product(grad_weight, logits, part, first > 0);
+      if (wants_weight) accumulate_product(grad_weight, logits, part, !std::exchange(fresh, false));
     }
     if (wants_x) grad_x = grad_x.view(input.sizes());
-    const auto main = wants_weight ? main_gradient(weight) : nullptr;
-    if (wants_weight && !main) grad_weight = grad_weight.to(weight.scalar_type());
+    if (main) {
+      main->fresh = false;
+      grad_weight.reset();
+    }
+    if (grad_weight.defined()) grad_weight = grad_weight.to(weight.scalar_type());
     context->save_for_backward({grad_x, grad_weight});
     context->saved_data["scattered"] = scattered;
     context->saved_data["holder"] = at::IValue::make_capsule(c10::make_intrusive<Holder>(*group, main));
@@ -132,9 +138,8 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
     const auto* holder = static_cast<const Holder*>(capsule.get());
     const auto& group = holder->group;
     variable_list result(7);
-    auto scaled = [&](const at::Tensor& gradient) { return gradient.mul(grads[0].to(gradient.scalar_type())); };
     if (context->needs_input_grad(0)) {
-      auto grad = scaled(saved[0]);
+      auto grad = saved[0];
       if (context->saved_data["scattered"].toBool()) {
         grad = group.reduce_scatter(grad);
       } else {
@@ -142,15 +147,8 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
       }
       result[0] = grad;
     }
-    if (context->needs_input_grad(1) && holder->main) {
-      auto& [grad, fresh, added] = *holder->main;
-      const auto scale = grads[0].to(grad.scalar_type());
-      fresh ? at::mul_out(grad, saved[1], scale) : grad.addcmul_(saved[1], scale);
-      fresh = false;
-      added = true;
-    } else if (context->needs_input_grad(1)) {
-      result[1] = scaled(saved[1]);
-    }
+    if (holder->main) holder->main->added = true;
+    if (context->needs_input_grad(1)) result[1] = saved[1];  // none: it is in the main gradient
     return result;
   }
 };

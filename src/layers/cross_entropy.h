@@ -16,11 +16,12 @@ at::Tensor vocab_parallel_cross_entropy(const at::Tensor& logits_sbv, const at::
 struct LinearCrossEntropyOptions {
   int64_t vocab_size = 0;  ///< over all ranks; columns from there on are padding
   bool sequence_parallel = false;
-  double loss_weight = 1;  ///< what each token's loss counts
+  at::Tensor loss_weight;  ///< what each token's loss counts: float64 scalar on the device
 };
 
 /// The sum of loss_weight * loss over all tokens for logits = x W^T, a float64 scalar. Works through chunks of rows and
-/// makes the gradients of x and W on the way, so that the logits never exist. `x_sbh` [s', b, h]; `weight` [local
+/// makes the gradients of x and W on the way (W's into its main gradient, if there is one), so that the logits never
+/// exist; the gradient that backward is given is taken to be 1. `x_sbh` [s', b, h]; `weight` [local
 /// vocabulary, h]; `labels_sb` as above.
 at::Tensor linear_cross_entropy(const at::Tensor& x_sbh, const at::Tensor& weight, const at::Tensor& labels_sb,
                                 const LinearCrossEntropyOptions& options, const Group& group);

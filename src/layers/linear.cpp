@@ -257,8 +257,8 @@ Footprint ParallelLinear::footprint(const ActivationShape& shape, bool gated) co
     product(local, a, a.requires_grad(), input_grad);
     product(tokens, b, b.requires_grad(), a.requires_grad() || input_grad);
     if (a.requires_grad()) result.deferred += (tokens * a.size(0) + (weight_grad ? 0 : tokens * in)) * e;
-    saved += tokens * a.size(0) * e;                                   // A x
-    saved += parts.size() == 1 ? b.numel() * e : out * a.size(0) * e;  // B as one matrix
+    saved += tokens * a.size(0) * e;                                                                  // A x
+    if (parts.size() > 1 || split) saved += parts.size() == 1 ? b.numel() * e : out * a.size(0) * e;  // B as one matrix
     if (split && dropout > 0) {
       if (input_grad) saved += local * in * (shape.fused ? 1 : e);  // mask
       if (a.requires_grad()) saved += local * in * e;               // what it left

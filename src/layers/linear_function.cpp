@@ -1,11 +1,14 @@
 #include "layers/linear_function.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 
+#include "kernels/cuda/graph.h"
 #include "layers/main_gradient.h"
 #include "layers/weight_gradients.h"
 
@@ -36,24 +39,41 @@ struct Holder : torch::CustomClassHolder {
       return {};
     }
     if (!main[slot]) return at::mm(a.t(), b);
-    accumulate_product(main[slot]->grad, a, b, !main[slot]->fresh);
-    main[slot]->fresh = false;
-    main[slot]->added = true;
+    add(*main[slot], [a, b](const at::Tensor& grad, bool accumulate) { accumulate_product(grad, a, b, accumulate); });
     return {};
   }
 
-  /// The gradient of an adapter's B from that of its expanded form.
-  at::Tensor b_gradient(size_t slot, const at::Tensor& expanded, const LinearPlan::Adapter& adapter) const {
-    const auto r = expanded.size(1) / std::count(adapter.parts.begin(), adapter.parts.end(), true);
-    auto to =
-        main[slot] ? main[slot]->grad : at::empty({adapted_rows(adapter.parts, plan.layout), r}, expanded.options());
-    collect_b(expanded, to, adapter.parts, plan.layout, adapter.scaling, main[slot] && !main[slot]->fresh);
-    if (!main[slot]) return to;
-    main[slot]->fresh = false;
-    main[slot]->added = true;
-    return {};
+  /// The gradient of an adapter's B: scaling * grad_y^T low, of which an expanded one is collected.
+  at::Tensor b_gradient(size_t slot, const at::Tensor& grad_y, const at::Tensor& low, size_t index) const {
+    const auto& adapter = plan.adapters[index];
+    auto into = [grad_y, low, adapter, layout = plan.layout](const at::Tensor& grad, bool accumulate) {
+      if (adapter.parts.size() == 1) return accumulate_product(grad, grad_y, low, accumulate, adapter.scaling);
+      collect_b(at::mm(grad_y.t(), low), grad, adapter.parts, layout, adapter.scaling, accumulate);
+    };
+    if (main[slot]) {
+      add(*main[slot], into);
+      return {};
+    }
+    const auto r = low.size(1) / std::count(adapter.parts.begin(), adapter.parts.end(), true);
+    const auto grad = at::empty({adapted_rows(adapter.parts, plan.layout), r}, low.options());
+    into(grad, false);
+    return grad;
+  }
+
+  /// Nothing in backward reads a main gradient, so it need not be there before backward goes on.
+  static void add(MainGradient& main, std::function<void(const at::Tensor&, bool)> into) {
+    cuda::run_beside([into = std::move(into), grad = main.grad, accumulate = !main.fresh] { into(grad, accumulate); });
+    main.fresh = false;
+    main.added = true;
   }
 };
+
+/// scaling * a b.
+at::Tensor product(const at::Tensor& a, const at::Tensor& b, double scaling) {
+  if (scaling == 1) return at::mm(a, b);
+  auto result = at::empty({a.size(0), b.size(1)}, a.options());
+  return at::addmm_out(result, result, a, b, 0, scaling);
+}
 
 at::Tensor matrix(const at::Tensor& x) { return x.reshape({-1, x.size(-1)}).contiguous(); }
 
@@ -67,12 +87,13 @@ at::Tensor shaped(const at::Tensor& rows, const at::Tensor& like) {
 struct Kept {
   at::Tensor sum, rstd;  ///< what stands in front of the product is computed from these again
   at::Tensor gathered;   ///< sequence parallelism: the product's input, which would cost communication to make again
-  std::vector<at::Tensor> low, b, mask;  ///< per adapter: A x; the expanded, scaled B; dropout
+  std::vector<at::Tensor> low, b, mask;  ///< per adapter: A x; B, scaled and expanded when parts are fused; dropout
 };
 
 struct Linear : torch::autograd::Function<Linear> {
   static variable_list forward(AutogradContext* context, at::TensorList defined, const LinearPlan* plan_pointer,
                                const Edges* edges) {
+    const at::AutoDispatchBelowADInplaceOrView below;  // a microsecond less an operation
     const auto& plan = *plan_pointer;
     variable_list inputs;
     for (const auto edge : *edges) inputs.push_back(edge < 0 ? at::Tensor() : defined[edge]);
@@ -107,11 +128,14 @@ struct Linear : torch::autograd::Function<Linear> {
       kept.mask.emplace_back();
       if (adapter.dropout > 0) std::tie(seen, kept.mask.back()) = at::native_dropout(x, adapter.dropout, true);
       kept.low.push_back(at::mm(seen, inputs[kAdapters + 2 * i].t()));
-      kept.b.push_back(expand_b(inputs[kAdapters + 2 * i + 1], adapter.parts, plan.layout, adapter.scaling));
+      const auto& b = inputs[kAdapters + 2 * i + 1];
+      const bool fused = adapter.parts.size() > 1;
+      kept.b.push_back(fused ? expand_b(b, adapter.parts, plan.layout, adapter.scaling) : b);
+      const double scaling = fused ? 1 : adapter.scaling;
       if (y.defined()) {
-        y.addmm_(kept.low[i], kept.b[i].t());
+        y.addmm_(kept.low[i], kept.b[i].t(), 1, scaling);
       } else {
-        y = at::mm(kept.low[i], kept.b[i].t());
+        y = product(kept.low[i], kept.b[i].t(), scaling);
       }
     }
     const auto& bias = inputs[kBias];
@@ -151,6 +175,7 @@ struct Linear : torch::autograd::Function<Linear> {
   }
 
   static variable_list backward(AutogradContext* context, variable_list grads) {
+    const at::AutoDispatchBelowADInplaceOrView below;
     const auto capsule = context->saved_data["plan"].toCapsule();
     const auto* holder = static_cast<const Holder*>(capsule.get());
     const auto& plan = holder->plan;
@@ -189,10 +214,10 @@ struct Linear : torch::autograd::Function<Linear> {
       const auto a_slot = kAdapters + 2 * i;
       const auto &a = saved[5 + 4 * i], &low = saved[6 + 4 * i], &b = saved[7 + 4 * i], &mask = saved[8 + 4 * i];
       wants_a = wants_a || wants(a_slot);
-      if (wants(a_slot + 1))
-        result[a_slot + 1] = holder->b_gradient(a_slot + 1, at::mm(grad_y.t(), low), plan.adapters[i]);
+      if (wants(a_slot + 1)) result[a_slot + 1] = holder->b_gradient(a_slot + 1, grad_y, low, i);
       grad_low.emplace_back();
-      if (wants(a_slot) || wants_input) grad_low[i] = at::mm(grad_y, b);
+      if (wants(a_slot) || wants_input)
+        grad_low[i] = product(grad_y, b, plan.adapters[i].parts.size() > 1 ? 1 : plan.adapters[i].scaling);
       if (!wants_input) continue;
       if (mask.defined()) {
         const auto seen = at::native_dropout_backward(at::mm(grad_low[i], a), mask, 1 / (1 - plan.adapters[i].dropout));

@@ -41,13 +41,13 @@ std::shared_ptr<MainGradient> main_gradient(const at::Tensor& parameter) {
   return found == gradients.end() ? nullptr : found->second;
 }
 
-void accumulate_product(at::Tensor sum, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
+void accumulate_product(at::Tensor sum, const at::Tensor& a, const at::Tensor& b, bool accumulate, double scaling) {
   if (sum.scalar_type() == a.scalar_type()) {
-    at::addmm_out(sum, sum, a.t(), b, accumulate ? 1 : 0, 1);
+    at::addmm_out(sum, sum, a.t(), b, accumulate ? 1 : 0, scaling);
   } else if (a.is_cuda()) {
-    at::addmm_out(sum, sum, a.t(), b, sum.scalar_type(), accumulate ? 1 : 0, 1);
+    at::addmm_out(sum, sum, a.t(), b, sum.scalar_type(), accumulate ? 1 : 0, scaling);
   } else {
-    at::addmm_out(sum, sum, a.t().to(sum.scalar_type()), b.to(sum.scalar_type()), accumulate ? 1 : 0, 1);
+    at::addmm_out(sum, sum, a.t().to(sum.scalar_type()), b.to(sum.scalar_type()), accumulate ? 1 : 0, scaling);
   }
 }
 

@@ -22,8 +22,8 @@ void clear_main_gradient(const at::Tensor& parameter, const std::shared_ptr<Main
 /// Null when training keeps none (loops of one's own): the layer returns its gradient to autograd.
 std::shared_ptr<MainGradient> main_gradient(const at::Tensor& parameter);
 
-/// sum (+)= a^T b, accumulated in sum's dtype, which may be wider than a's and b's. Rows are summed over: a [n, p], b
-/// [n, q].
-void accumulate_product(at::Tensor sum, const at::Tensor& a, const at::Tensor& b, bool accumulate);
+/// sum (+)= scaling * a^T b, accumulated in sum's dtype, which may be wider than a's and b's. Rows are summed over: a
+/// [n, p], b [n, q].
+void accumulate_product(at::Tensor sum, const at::Tensor& a, const at::Tensor& b, bool accumulate, double scaling = 1);
 
 }  // namespace mcore_bridge

@@ -1,6 +1,7 @@
 #include "layers/split_qkv.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 namespace mcore_bridge {
@@ -19,6 +20,7 @@ struct Split : torch::autograd::Function<Split> {
   static variable_list forward(AutogradContext* context, const at::Tensor& mixed,
                                const std::optional<at::Tensor>& q_weight, const std::optional<at::Tensor>& k_weight,
                                const SplitQkvOptions* options) {
+    const at::AutoDispatchBelowADInplaceOrView below;
     const bool norm = q_weight.has_value();
     auto kept = *options;
     kept.cos = kept.sin = kept.q_weight = kept.k_weight = at::Tensor();
@@ -31,6 +33,7 @@ struct Split : torch::autograd::Function<Split> {
   }
 
   static variable_list backward(AutogradContext* context, variable_list grads) {
+    const at::AutoDispatchBelowADInplaceOrView below;
     const auto capsule = context->saved_data["options"].toCapsule();
     auto options = static_cast<const OptionsHolder*>(capsule.get())->options;
     const auto saved = context->get_saved_variables();

@@ -261,11 +261,11 @@ at::Tensor GPTModel::forward(const ForwardInput& input, bool gather_output) {
     const auto normed = final_norm_->forward(hidden);
     check_finite(normed, "decoder.final_layernorm");
     const auto tied = embedding_ ? embedding_->weight() : at::Tensor();
-    if (input.labels.defined() && input.loss_weight) {
+    if (input.labels.defined() && input.loss_weight.defined()) {
       return linear_cross_entropy(normed, output_->weight(tied), input.labels.t(),
                                   {.vocab_size = config_.padded_vocab_size,
                                    .sequence_parallel = config_.sequence_parallel,
-                                   .loss_weight = *input.loss_weight},
+                                   .loss_weight = input.loss_weight},
                                   parallel_->tp);
     }
     const auto logits = output_->forward(normed, tied);

@@ -3,6 +3,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/ScalarType.h>
 
+#include <algorithm>
+
 #include "mcore_bridge/bridge.h"
 #include "parallel/parallel_state.h"
 
@@ -51,6 +53,14 @@ PlannedStage plan_stage(const PlanRequest& request, const Topology& topology, in
     result.chunks.push_back({chunk[0]->place(), std::move(parameters), chunk[0]->segments(shape)});
   }
   result.buffers = plan_buffers(all, *parallel, request.optimizer);
+  // Without main gradients of their own the output matrix's, made in forward, waits for backward.
+  const bool none = result.buffers.sharding >= Sharding::kGradients || result.buffers.grad_element == shape.element;
+  if (auto& last = result.chunks.back(); last.place.post_process && none && shape.element < 4) {
+    const auto matrix = std::find_if(last.parameters.rbegin(), last.parameters.rend(),
+                                     [](const auto& p) { return p.trainable && p.traits.vocabulary; });
+    if (matrix != last.parameters.rend())
+      last.segments.back().footprint.saved += static_cast<int64_t>(matrix->tensor.nbytes());
+  }
   return result;
 }
 

@@ -11,49 +11,58 @@
 namespace mcore_bridge {
 namespace {
 
-/// Parallel lists of fp32 tensors, as fused kernels take them: masters, gradients, then each state.
+/// Parallel lists of tensors, as fused kernels take them: masters, gradients, then each state.
 using Lists = std::vector<std::vector<at::Tensor>>;
+using Row = std::vector<at::Tensor>;  ///< one of each
 
-constexpr int64_t kStaged = 8 << 20;  // elements converted at a time when a dtype is not fp32
+constexpr int64_t kStaged = 8 << 20;  // elements converted at a time when a kernel does not take a dtype
 
-std::vector<at::Tensor> row_of(const Segment& segment) {
-  std::vector<at::Tensor> row{segment.master, segment.gradient()};
+Row row_of(const Segment& segment) {
+  Row row{segment.master, segment.gradient()};
   for (const auto& [kind, tensor] : segment.states) row.push_back(tensor);
   return row;
 }
 
-/// Calls `kernel` with all-fp32 lists: on the tensors themselves where they are fp32, else on copies of a part at a
-/// time, which go back after.
-void in_fp32(const std::vector<Segment*>& segments, const std::function<void(Lists&)>& kernel) {
+bool all_fp32(const Row& row) {
+  return std::all_of(row.begin(), row.end(), [](const auto& tensor) { return tensor.scalar_type() == at::kFloat; });
+}
+
+/// Calls `kernel` on the tensors themselves where it `takes` their dtypes (then with their segments), else on fp32
+/// copies of a part at a time, which go back after (without).
+void staged(const std::vector<Segment*>& segments, bool (*takes)(const Row&),
+            const std::function<void(Lists&, const std::vector<const Segment*>&)>& kernel) {
   Lists direct;
+  std::vector<const Segment*> whole;
   for (const auto* segment : segments) {
     const auto row = row_of(*segment);
     direct.resize(row.size());
-    if (std::all_of(row.begin(), row.end(), [](const auto& t) { return t.scalar_type() == at::kFloat; })) {
+    if (takes(row)) {
       for (size_t i = 0; i < row.size(); ++i) direct[i].push_back(row[i]);
+      whole.push_back(segment);
       continue;
     }
     for (int64_t at = 0; at < row[0].numel(); at += kStaged) {
       const auto length = std::min(kStaged, row[0].numel() - at);
-      Lists staged(row.size());
-      for (size_t i = 0; i < row.size(); ++i) staged[i].push_back(row[i].narrow(0, at, length).to(at::kFloat));
-      kernel(staged);
+      Lists copies(row.size());
+      for (size_t i = 0; i < row.size(); ++i) copies[i].push_back(row[i].narrow(0, at, length).to(at::kFloat));
+      kernel(copies, {});
       for (size_t i = 0; i < row.size(); ++i) {
-        if (i != 1 && row[i].scalar_type() != at::kFloat) row[i].narrow(0, at, length).copy_(staged[i][0]);
+        if (i != 1 && row[i].scalar_type() != at::kFloat) row[i].narrow(0, at, length).copy_(copies[i][0]);
       }
     }
   }
-  if (!direct.empty() && !direct[0].empty()) kernel(direct);
+  if (!whole.empty()) kernel(direct, whole);
 }
 
 /// Segments with the same learning rate and weight decay go together.
 template <class Kernel>
-void by_group(const std::vector<Segment*>& segments, const Update& update, const Kernel& kernel) {
+void by_group(const std::vector<Segment*>& segments, const Update& update, bool (*takes)(const Row&),
+              const Kernel& kernel) {
   std::map<std::pair<double, bool>, std::vector<Segment*>> groups;
   for (auto* segment : segments) groups[{segment->lr_mult, segment->decays}].push_back(segment);
   for (const auto& [group, members] : groups) {
     const double lr = update.lr * group.first, decay = group.second ? update.weight_decay : 0.0;
-    in_fp32(members, [&](Lists& lists) { kernel(lists, lr, decay); });
+    staged(members, takes, [&](Lists& lists, const auto& whole) { kernel(lists, whole, lr, decay); });
   }
 }
 
@@ -66,12 +75,18 @@ class AdamW : public UpdateRule {
         kinds_{{"exp_avg", precision(options.exp_avg_dtype)}, {"exp_avg_sq", precision(options.exp_avg_sq_dtype)}} {}
   std::vector<std::pair<std::string, at::ScalarType>> kinds() const override { return kinds_; }
   void apply(const std::vector<Segment*>& segments, const Update& update) const override {
-    by_group(segments, update, [&](Lists& lists, double lr, double decay) {
-      const std::vector<at::Tensor> none(lists[0].size());
-      fused_adamw({lists[0], lists[1], lists[2], lists[3], none},
+    by_group(segments, update, fused_adamw_takes, [&](Lists& lists, const auto& whole, double lr, double decay) {
+      std::vector<at::Tensor> parameters(lists[0].size());
+      for (size_t i = 0; i < whole.size(); ++i) {
+        if (writes_parameter(*whole[i])) parameters[i] = whole[i]->parameter;
+      }
+      fused_adamw({lists[0], lists[1], lists[2], lists[3], parameters},
                   {.lr = lr, .beta1 = beta1_, .beta2 = beta2_, .epsilon = epsilon_, .weight_decay = decay},
                   update.grad_scale, update.skip, update.steps);
     });
+  }
+  bool writes_parameter(const Segment& segment) const override {
+    return segment.has_copy() && !segment.on_host && fused_adamw_takes(row_of(segment));
   }
 
  private:
@@ -88,7 +103,7 @@ class Sgd : public UpdateRule {
     return {{"momentum_buffer", dtype_}};
   }
   void apply(const std::vector<Segment*>& segments, const Update& update) const override {
-    by_group(segments, update, [&](Lists& lists, double lr, double decay) {
+    by_group(segments, update, all_fp32, [&](Lists& lists, const auto&, double lr, double decay) {
       const auto momenta = momentum_ == 0 ? std::vector<at::Tensor>{} : lists[2];
       // A zero buffer is what a first step starts from.
       at::_fused_sgd_(lists[0], lists[1], momenta, decay, momentum_, lr, /*dampening=*/0, /*nesterov=*/false,

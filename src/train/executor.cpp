@@ -31,9 +31,43 @@ auto take(Map& map, const typename Map::key_type& key) {
   return std::move(node.mapped());
 }
 
+/// Backward from `output`, given `gradient`.
+void run_backward(torch::autograd::Edge output, const at::Tensor& gradient) {
+  torch::autograd::Engine::get_default_engine().execute({std::move(output)}, {gradient}, /*keep_graph=*/false,
+                                                        /*create_graph=*/false, /*accumulate_grad=*/true);
+}
+
+at::Tensor on_device(const std::vector<double>& values, c10::Device device) {
+  return at::tensor(at::ArrayRef<double>(values), at::kDouble).to(device, /*non_blocking=*/true);
+}
+
 }  // namespace
 
+Executor::Executor(const Chunks& chunks, const OptimizerOptions& options) : chunks_(chunks) {
+  if (options.cuda_graph_impl != "none") graphs_ = std::make_unique<MicroBatchGraphs>(*chunks_.at(0), options);
+}
+
+at::Tensor Executor::train_with_graphs(const std::vector<ForwardInput>& batches, const std::vector<double>& weights) {
+  const TimedPhase timed(Phase::kBackward, chunks_[0]->device());  // forward and backward are one
+  const auto on = on_device(weights, chunks_[0]->device());
+  at::Tensor(graphs_->loss()).zero_();
+  for (size_t i = 0; i < batches.size(); ++i) {
+    auto batch = batches[i];
+    batch.loss_weight = on[static_cast<int64_t>(i)];
+    graphs_->run(batch, [this](const ForwardInput& input) {
+      const auto output = chunks_[0]->forward(input);
+      const auto loss = output.detach();
+      if (output.requires_grad()) run_backward(torch::autograd::impl::gradient_edge(output), at::ones_like(loss));
+      at::NoGradGuard no_grad;
+      auto sum = graphs_->loss();
+      sum.add_(loss);
+    });
+  }
+  return graphs_->loss().clone();
+}
+
 at::Tensor Executor::train(const std::vector<ForwardInput>& batches, const std::vector<double>& weights) {
+  if (graphs_) return train_with_graphs(batches, weights);
   auto& schedule = schedules_[{true, static_cast<int>(batches.size())}];
   if (schedule.empty()) schedule = make_schedule(schedule_options(chunks_.at(0)->config(), stages(), batches.size()));
   const auto& row = schedule.at(stage());
@@ -56,7 +90,7 @@ at::Tensor Executor::run(const std::vector<StageSchedule>& schedule, const std::
                          const std::vector<double>& weights) {
   clear();  // of a run that threw
   batches_ = &batches;
-  weights_ = &weights;
+  weights_ = on_device(weights, chunks_[0]->device());
   loss_ = at::zeros({}, at::TensorOptions(chunks_[0]->device()).dtype(at::kDouble));
   connect();
   for (const auto& action : schedule.at(stage())) {
@@ -93,7 +127,7 @@ void Executor::forward(const Action& action) {
     input.hidden = live.input;
   }
   if (!model.place().post_process) input.labels = at::Tensor();
-  input.loss_weight = weights_->at(action.micro_batch);
+  input.loss_weight = weights_[action.micro_batch];
   const auto output = model.forward(input);
   if (model.place().post_process) {
     at::NoGradGuard no_grad;
@@ -118,10 +152,7 @@ void Executor::backward(const Action& action) {
   std::optional<DeferWeightGradients> scope;
   if (action.kind == Kind::kBackwardInput) scope.emplace(deferred_[place]);
   // A first chunk whose parameters are all frozen has nothing to do.
-  if (live.output.is_valid()) {
-    torch::autograd::Engine::get_default_engine().execute({std::move(live.output)}, {gradient}, /*keep_graph=*/false,
-                                                          /*create_graph=*/false, /*accumulate_grad=*/true);
-  }
+  if (live.output.is_valid()) run_backward(std::move(live.output), gradient);
   if (!first) outbox_[{true, global(action.chunk) - 1, action.micro_batch}] = live.input.grad().contiguous();
 }
 

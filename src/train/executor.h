@@ -14,12 +14,13 @@
 #include "mcore_bridge/bridge.h"
 #include "mcore_bridge/schedule.h"
 #include "models/gpt_model.h"
+#include "train/micro_batch_graphs.h"
 
 namespace mcore_bridge {
 
 class Executor {
  public:
-  explicit Executor(const Chunks& chunks) : chunks_(chunks) {}
+  Executor(const Chunks& chunks, const OptimizerOptions& options);
 
   /// Forward and backward of all micro-batches by the config's schedule. `weights[i]`: what every token's loss of
   /// micro-batch i is multiplied by. Returns this rank's weighted sum of losses (double scalar on the device; zero
@@ -28,6 +29,9 @@ class Executor {
 
   /// Forward only.
   at::Tensor evaluate(const std::vector<ForwardInput>& batches, const std::vector<double>& weights);
+
+  /// Null without cuda_graph_impl.
+  const MicroBatchGraphs* graphs() const { return graphs_.get(); }
 
  private:
   using Place = std::pair<int, int>;             ///< local chunk, micro-batch
@@ -41,6 +45,7 @@ class Executor {
     at::Tensor losses;             ///< last chunk
   };
 
+  at::Tensor train_with_graphs(const std::vector<ForwardInput>& batches, const std::vector<double>& weights);
   at::Tensor run(const std::vector<StageSchedule>& schedule, const std::vector<ForwardInput>& batches,
                  const std::vector<double>& weights);
   void forward(const Action& action);
@@ -60,13 +65,14 @@ class Executor {
   const Chunks& chunks_;
   std::map<std::pair<bool, int>, std::vector<StageSchedule>> schedules_;  ///< by training and micro-batches
   const std::vector<ForwardInput>* batches_ = nullptr;
-  const std::vector<double>* weights_ = nullptr;
+  at::Tensor weights_;  ///< float64 [micro-batches] on the device
   at::Tensor loss_;
   std::map<Place, Live> live_;
   std::map<Place, WeightGradients> deferred_;
   std::map<Key, at::Tensor> inbox_, outbox_;
   std::map<Way, std::shared_ptr<Group::Transfer>> under_way_;
   bool connected_ = false;
+  std::unique_ptr<MicroBatchGraphs> graphs_;
 };
 
 }  // namespace mcore_bridge

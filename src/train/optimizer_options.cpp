@@ -29,6 +29,13 @@ void check_combinations(const OptimizerOptions& o) {
   MCB_CHECK(!o.overlap_param_gather || sharding == "optim" || sharding == "optim_grads",
             "overlap_param_gather: with data_parallel_sharding_strategy ", sharding,
             sharding == "no_shard" ? " nothing is gathered" : " gathers overlap by themselves", "; leave it out");
+  if (o.cuda_graph_impl != "none") {
+    MCB_CHECK(sharding == "optim" || sharding == "no_shard", "cuda_graph_impl: data_parallel_sharding_strategy ",
+              sharding, " communicates between layers, which is not recorded; use optim or no_shard");
+    MCB_CHECK(!o.overlap_grad_reduce && !o.overlap_param_gather,
+              "cuda_graph_impl: ", o.overlap_grad_reduce ? "overlap_grad_reduce" : "overlap_param_gather",
+              " communicates between layers, which is not recorded; use one of them");
+  }
   MCB_CHECK(o.weight_decay_incr_style == "constant" || (o.start_weight_decay >= 0 && o.end_weight_decay >= 0),
             "weight_decay_incr_style: ", o.weight_decay_incr_style, " needs start_weight_decay and end_weight_decay");
   MCB_CHECK(o.weight_decay_incr_style == "constant" || o.train_iters > 0,
@@ -67,6 +74,12 @@ void OptimizerOptions::validate() const {
   MCB_CHECK(exp_avg_sq_dtype != "fp16",
             "exp_avg_sq_dtype: fp16 turns squares of gradients below 2e-4 into zero, and updates explode; use bf16");
   one_of("exp_avg_sq_dtype", exp_avg_sq_dtype, {"fp32", "bf16"});
+  MCB_CHECK(cuda_graph_impl != "transformer_engine",
+            "cuda_graph_impl: 'transformer_engine' records layers of that library, which this engine does not use; use "
+            "local, which records whole micro-batches");
+  one_of("cuda_graph_impl", cuda_graph_impl, {"none", "local"});
+  MCB_CHECK(cuda_graph_warmup_steps > 0, "cuda_graph_warmup_steps: ", cuda_graph_warmup_steps,
+            " must be at least 1: libraries prepare themselves in it");
   one_of("lr_wsd_decay_style", lr_wsd_decay_style, {"linear", "cosine", "exponential", "minus_sqrt"});
   auto at_least = [](const char* field, double value, double least) {
     MCB_CHECK(std::isfinite(value) && value >= least, field, ": ", value, " must be a number of at least ", least);

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <regex>
 #include <tuple>
 
@@ -214,10 +215,14 @@ void ShardedOptimizer::step(double lr, double weight_decay, const at::Tensor& gr
   for (auto* segment : host_) segment->host_grad.copy_(segment->grad, /*non_blocking=*/true);
   if (device_.empty()) return;
   steps_.add_(1 - skip);
+  std::vector<Segment*> left;
   for (const auto& task : tasks_) {
-    if (!task.segments[0]->on_host) task.rule->apply(task.segments, {lr, weight_decay, grad_scale, skip, steps_});
+    if (task.segments[0]->on_host) continue;
+    task.rule->apply(task.segments, {lr, weight_decay, grad_scale, skip, steps_});
+    std::copy_if(task.segments.begin(), task.segments.end(), std::back_inserter(left),
+                 [&](const Segment* segment) { return !task.rule->writes_parameter(*segment); });
   }
-  write_back(device_);
+  write_back(left);
 }
 
 void ShardedOptimizer::finish_on_host(double grad_scale, bool skip) {

@@ -147,7 +147,7 @@ struct Trainer::State {
         options(std::move(opts)),
         buffers(make_buffers()),
         optimizer(buffers, model().parallel_ptr(), options),
-        executor(chunks) {}
+        executor(chunks, options) {}
   ~State() { buffers->disconnect(); }
   State(const State&) = delete;
   State& operator=(const State&) = delete;
@@ -246,6 +246,11 @@ std::map<std::string, int64_t> Trainer::memory() const {
     result["gradients"] += bucket->grad_bytes();
   }
   return result;
+}
+
+std::map<std::string, int64_t> Trainer::cuda_graphs() const {
+  const auto* graphs = state_->executor.graphs();
+  return {{"recorded", graphs ? graphs->recorded() : 0}, {"replayed", graphs ? graphs->replayed() : 0}};
 }
 
 StepResult Trainer::train_step(const std::vector<ForwardInput>& micro_batches, double loss_limit) {

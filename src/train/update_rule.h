@@ -53,6 +53,8 @@ class UpdateRule {
   virtual bool whole() const { return false; }
   /// Updates masters and states of segments that live on one device.
   virtual void apply(const std::vector<Segment*>& segments, const Update& update) const = 0;
+  /// Whether apply() also writes the segment's parameter, in the pass that updates its master.
+  virtual bool writes_parameter(const Segment& segment) const { return false; }
 };
 
 std::unique_ptr<UpdateRule> make_adamw(const OptimizerOptions& options);

@@ -136,7 +136,9 @@ def test_cross_entropy(dtype, rows, columns, real):
     assert not ours[:, real:].any() and not ours[1].any()
 
     both = logits.clone()
-    statistics = kernels.softmax_statistics_and_gradient_(both, on_device, real, 0.25)
+    statistics = kernels.softmax_statistics_and_gradient_(
+        both, on_device, real, torch.tensor(0.25, dtype=torch.float64, device=DEVICE)
+    )
     for ours, theirs in zip(statistics, (maximum, total, target), strict=True):
         close(ours, theirs, 1e-6)
     wide_logits.grad = None

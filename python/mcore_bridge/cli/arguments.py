@@ -181,6 +181,10 @@ class TrainArguments(ModelArguments):
     exp_avg_sq_dtype: Literal["fp32", "bf16"] = flag("fp32", "second moment")
     optimizer_cpu_offload: bool = flag(False, "keep optimizer states in host memory and update there")
     optimizer_offload_fraction: float = flag(1.0, "the share of them")
+    cuda_graph_impl: Literal["none", "local"] = flag(
+        "none", "local: a micro-batch's forward and backward become one CUDA graph for each shape that comes back"
+    )
+    cuda_graph_warmup_steps: int = flag(3, "micro-batches of a shape before it is recorded")
     initial_loss_scale: float = flag(4294967296.0, "float16: first factor on the loss")
     min_loss_scale: float = flag(1.0, "float16: smallest one")
     loss_scale_window: int = flag(1000, "float16: good steps before it doubles")

@@ -7,7 +7,7 @@ OPTIMIZER_OPTIONS = [
     "muon_tp_mode", "muon_extra_scale_factor", "muon_scalar_optimizer", "use_distributed_optimizer", "data_parallel_sharding_strategy",
     "overlap_grad_reduce", "overlap_param_gather", "ddp_bucket_size", "main_grads_dtype", "main_params_dtype", "exp_avg_dtype",
     "exp_avg_sq_dtype", "optimizer_cpu_offload", "optimizer_offload_fraction", "initial_loss_scale", "min_loss_scale",
-    "loss_scale_window", "hysteresis",
+    "loss_scale_window", "hysteresis", "cuda_graph_impl", "cuda_graph_warmup_steps",
 ]  # fmt: skip
 
 

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_kernel(CrossEntropy p)
     sum = p.sum[row];
   }
   if constexpr (kGradient) {
-    const float scale = label < 0 ? 0.f : p.weight ? p.weight[row] : p.scale;
+    const float scale = label < 0 ? 0.f : p.weight ? p.weight[row] : static_cast<float>(*p.scale);
     const float inverse = scale / sum;
     for (int64_t at = threadIdx.x * N; at < p.stride; at += kThreads * N) {
       float values[N];

@@ -83,8 +83,8 @@ struct CrossEntropy {
   void* logits;                   ///< gradients replace them
   const int64_t* labels;          ///< [rows], of the whole vocabulary; negative: no loss
   float *maximum, *sum, *target;  ///< [rows] each
-  const float* weight;            ///< [rows]: what each row's loss counts; null: `scale`
-  float scale;
+  const float* weight;            ///< [rows]: what each row's loss counts; null: `*scale` each
+  const double* scale;            ///< on the device
 };
 /// maximum, sum of exp(logit - maximum), logit of the label (0 when elsewhere).
 void cross_entropy_statistics(const CrossEntropy& p, Type type, Stream stream);

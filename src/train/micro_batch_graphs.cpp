@@ -1,0 +1,148 @@
+#include "train/micro_batch_graphs.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <array>
+
+#include "config/rope_scaling.h"
+#include "kernels/cuda/launch.h"
+#include "mcore_bridge/error.h"
+
+namespace mcore_bridge {
+namespace {
+
+constexpr size_t kMostShapes = 1024;  // remembered without a graph: rows packed from random documents never come back
+
+void check_recordable(const GPTModel& model) {
+  const auto& config = model.config();
+  const auto& sizes = model.parallel().topology.sizes();
+  auto one = [](const char* name, int64_t size) {
+    MCB_CHECK(size == 1, "cuda_graph_impl: ", name, " ", size,
+              " communicates inside a micro-batch, which is not recorded by this version; use cuda_graph_impl none");
+  };
+  one("pipeline_model_parallel_size", sizes.pipeline);
+  one("tensor_model_parallel_size", sizes.tensor);
+  one("context_parallel_size", sizes.context);
+  MCB_CHECK(!config.is_moe(),
+            "cuda_graph_impl: which experts get how many tokens changes with every micro-batch, so mixture-of-experts "
+            "models cannot be recorded; use cuda_graph_impl none");
+  MCB_CHECK(!config.attention_chunk_size && config.softmax_type == "vanilla",
+            "cuda_graph_impl: attention in chunks or with sinks plans on the host, which cannot be recorded; use "
+            "cuda_graph_impl none");
+  // core_attn and layernorm are recomputed inside kernels and nodes of ours.
+  MCB_CHECK(config.recompute_granularity != "full" && !config.recomputes("mlp"),
+            "cuda_graph_impl: recompute_granularity '", *config.recompute_granularity, "'",
+            config.recomputes("mlp") ? " of mlp" : "",
+            " saves random states on the host, which cannot be recorded; use one of them");
+  MCB_CHECK(!config.cpu_offloading, "cuda_graph_impl: cpu_offloading waits for copies on the host; use one of them");
+  MCB_CHECK(!rope_depends_on_length(config),
+            "cuda_graph_impl: this model's rope_scaling depends on the length of the row; use cuda_graph_impl none");
+  MCB_CHECK(model.device().is_cuda(), "cuda_graph_impl: 'local' needs a GPU, the model is on ", model.device());
+  MCB_CHECK(cuda::built(), "cuda_graph_impl: this build has no CUDA kernels; build with MCB_CUDA=ON");
+}
+
+std::array<at::Tensor ForwardInput::*, 5> tensors() {
+  return {&ForwardInput::input_ids, &ForwardInput::position_ids, &ForwardInput::attention_mask, &ForwardInput::labels,
+          &ForwardInput::loss_weight};
+}
+
+/// Tensors of the same shapes.
+ForwardInput buffers(const ForwardInput& batch) {
+  auto result = batch;
+  for (auto member : tensors()) {
+    if ((result.*member).defined()) result.*member = at::empty_like(batch.*member);
+  }
+  if (batch.packed) result.packed->cu_seqlens = at::empty_like(batch.packed->cu_seqlens);
+  return result;
+}
+
+void fill(const ForwardInput& to, const ForwardInput& from) {
+  for (auto member : tensors()) {
+    if ((to.*member).defined()) (to.*member).copy_(from.*member, /*non_blocking=*/true);
+  }
+  if (to.packed) to.packed->cu_seqlens.copy_(from.packed->cu_seqlens, /*non_blocking=*/true);
+}
+
+}  // namespace
+
+MicroBatchGraphs::MicroBatchGraphs(const GPTModel& model, const OptimizerOptions& options)
+    : model_(model), warmup_(options.cuda_graph_warmup_steps) {
+  check_recordable(model);
+  recorder_ = cuda::make_graph_recorder(std::max<int>(0, model.device().index()));
+  loss_ = at::zeros({}, at::TensorOptions(model.device()).dtype(at::kDouble));
+}
+
+std::vector<bool> MicroBatchGraphs::fresh() const {
+  std::vector<bool> result;
+  for (const auto& gradient : gradients_) result.push_back(gradient->fresh);
+  return result;
+}
+
+MicroBatchGraphs::Key MicroBatchGraphs::key_of(const ForwardInput& batch) const {
+  Key key;
+  for (auto member : tensors()) {
+    const auto& tensor = batch.*member;
+    key.push_back(tensor.defined() ? tensor.dim() : -1);
+    if (tensor.defined()) key.insert(key.end(), tensor.sizes().begin(), tensor.sizes().end());
+  }
+  // Kernels are told where documents end on the host as well.
+  if (batch.packed) {
+    key.push_back(batch.packed->max_seqlen);
+    key.insert(key.end(), batch.packed->cu_seqlens_host.begin(), batch.packed->cu_seqlens_host.end());
+  }
+  // A gradient's first contribution overwrites what was there.
+  int64_t word = 1;
+  for (const auto& gradient : gradients_) {
+    word = word << 1 | (gradient->fresh ? 1 : 0);
+    if (word < int64_t{1} << 62) continue;
+    key.push_back(word);
+    word = 1;
+  }
+  key.push_back(word);
+  return key;
+}
+
+void MicroBatchGraphs::forget() {
+  if (entries_.size() <= kMostShapes && std::count_if(entries_.begin(), entries_.end(), [](const auto& e) {
+                                          return e.second.graph != nullptr;
+                                        }) <= static_cast<int64_t>(kMost))
+    return;
+  const bool graphs = entries_.size() <= kMostShapes;  // one of those with a graph, or any
+  auto oldest = entries_.end();
+  for (auto entry = entries_.begin(); entry != entries_.end(); ++entry) {
+    if (graphs && !entry->second.graph) continue;
+    if (oldest == entries_.end() || entry->second.last < oldest->second.last) oldest = entry;
+  }
+  entries_.erase(oldest);
+}
+
+void MicroBatchGraphs::run(const ForwardInput& batch, const std::function<void(const ForwardInput&)>& work) {
+  if (gradients_.empty()) {
+    for (const auto& parameter : model_.named_parameters()) {
+      if (auto gradient = main_gradient(parameter.tensor)) gradients_.push_back(std::move(gradient));
+    }
+  }
+  auto& entry = entries_[key_of(batch)];
+  entry.last = ++clock_;
+  if (!entry.graph && entry.runs++ < warmup_) {
+    recorder_->run([&] { work(batch); });
+    forget();
+    return;
+  }
+  if (!entry.graph) {
+    entry.input = buffers(batch);
+    fill(entry.input, batch);
+    entry.graph = recorder_->record([&] { work(entry.input); });
+    entry.fresh_after = fresh();
+    ++recorded_;
+  } else {
+    fill(entry.input, batch);
+    for (size_t i = 0; i < gradients_.size(); ++i) gradients_[i]->fresh = entry.fresh_after[i];
+  }
+  entry.graph->replay();
+  ++replayed_;
+  forget();
+}
+
+}  // namespace mcore_bridge

@@ -1,0 +1,93 @@
+"""cuda_graph_impl: a recorded micro-batch trains as the one it was recorded from (MCB_TEST_DEVICE=cuda), and what cannot be recorded says so."""
+
+import os
+
+import mcore_bridge as mb
+import pytest
+import tiny
+import torch
+
+DEVICE = os.environ.get("MCB_TEST_DEVICE", "cpu")
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU (MCB_TEST_DEVICE=cuda)")
+
+
+def trainer(folder, fields=None, lora=None, family="qwen3", **options):
+    tiny.save(family, folder)
+    config = mb.ModelConfig(**mb.hf_to_mcore_config(str(folder)) | (fields or {}))
+    models = mb.get_mcore_model(config, device=DEVICE)
+    config.bridge.load_weights(models, folder)
+    if lora is not None:
+        mb.add_lora(models, mb.LoraOptions(r=4, lora_alpha=8, **lora))
+    mb.set_random_seed(7)
+    return mb.Trainer(models, lr=1e-3, lr_decay_style="constant", train_iters=100, **options)
+
+
+def micro_batches(step):
+    """Two micro-batches a step, of two shapes that take turns, one of them packed."""
+    result = []
+    for index in range(2):
+        if step % 2:
+            ids, labels = tiny.rows(1, 24, seed=2 * step + index)
+            ends = torch.tensor([0, 10, 24], dtype=torch.int32)
+            result.append(dict(input_ids=ids, labels=labels, packed_seq_params=mb.PackedSeqParams(ends)))
+        else:
+            ids, labels = tiny.rows(2, 16, seed=2 * step + index)
+            result.append(dict(input_ids=ids, labels=labels))
+    return result
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-6), ("bfloat16", 2e-3)])
+@pytest.mark.parametrize("lora", [None, dict(), dict(lora_dropout=0.2)], ids=["full", "lora", "lora_dropout"])
+def test_trains_as_without(dtype, tolerance, lora, tmp_path):
+    fields = dict(params_dtype=dtype, hidden_dropout=0.0 if lora is None else 0.1)
+    runs = []
+    for impl in ("none", "local"):
+        one = trainer(tmp_path, fields, lora, cuda_graph_impl=impl, cuda_graph_warmup_steps=2)
+        runs.append([one.train_step(micro_batches(step)) for step in range(12)])
+        last = one
+    for plain, graphed in zip(*runs, strict=True):
+        assert abs(graphed.loss / plain.loss - 1) < tolerance
+        assert abs(graphed.grad_norm / plain.grad_norm - 1) < 10 * tolerance
+    # Each shape comes 6 times, as the step's first and as its second micro-batch: in low precision two graphs with 2 warm-ups each.
+    graphs = 2 * (1 if dtype == "float32" else 2)
+    assert last.cuda_graphs == dict(recorded=graphs, replayed=24 - 2 * graphs)
+
+
+@on_gpu
+def test_evaluation_between_replays(tmp_path):
+    one = trainer(tmp_path, dict(params_dtype="bfloat16"), cuda_graph_impl="local", cuda_graph_warmup_steps=1)
+    other = trainer(tmp_path, dict(params_dtype="bfloat16"))
+    for step in (0, 2, 4, 6):
+        losses = [each.train_step(micro_batches(step)).loss for each in (one, other)]
+        assert abs(losses[0] / losses[1] - 1) < 2e-3
+        losses = [each.evaluate(micro_batches(1)) for each in (one, other)]
+        assert abs(losses[0] / losses[1] - 1) < 2e-3
+
+
+@pytest.mark.parametrize(
+    "fields,options,message",
+    [
+        ({}, dict(cuda_graph_impl="transformer_engine"), "use local"),
+        ({}, dict(cuda_graph_impl="full"), "is not one of none, local"),
+        ({}, dict(cuda_graph_warmup_steps=0), "at least 1"),
+        ({}, dict(cuda_graph_impl="local", data_parallel_sharding_strategy="optim_grads"), "use optim or no_shard"),
+        ({}, dict(cuda_graph_impl="local", overlap_grad_reduce=True), "overlap_grad_reduce"),
+        (dict(recompute_granularity="full"), dict(cuda_graph_impl="local"), "recompute_granularity 'full'"),
+        (dict(cpu_offloading=True, cpu_offloading_num_layers=1), dict(cuda_graph_impl="local"), "cpu_offloading"),
+    ],
+)
+def test_what_cannot_be_recorded(fields, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, fields, **options)
+
+
+def test_needs_a_rope_that_does_not_depend_on_the_row(tmp_path):
+    with pytest.raises(ValueError, match="rope_scaling depends on the length"):
+        trainer(tmp_path, family="llama_dynamic", cuda_graph_impl="local")
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="looks at the error without a GPU")
+def test_needs_a_gpu(tmp_path):
+    with pytest.raises(ValueError, match="needs a GPU, the model is on cpu"):
+        trainer(tmp_path, cuda_graph_impl="local")
