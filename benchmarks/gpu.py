@@ -27,12 +27,28 @@ SHAPES = {
     "4b": dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, tie_word_embeddings=True, **QWEN3),
     "8b": dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, tie_word_embeddings=False, **QWEN3),
 }  # fmt: skip
+SHAPES["8b-half"] = SHAPES["8b"] | dict(num_hidden_layers=18)  # what full training with fp32 masters leaves room for
+FP8 = dict(fp8="hybrid", fp8_recipe="tensorwise")
 CASES = {
     "tiny": dict(shape="tiny", tuner="full", batch=2, length=256),
     "tiny-lora": dict(shape="tiny", tuner="lora", batch=2, length=256),
     "8b-lora": dict(shape="8b", tuner="lora", batch=2, length=4096),
     "8b-lora-packed": dict(shape="8b", tuner="lora", batch=2, length=4096, documents=4),
     "8b-lora-recompute": dict(shape="8b", tuner="lora", batch=2, length=4096, recompute=True),
+    "8b-lora-fp8": dict(shape="8b", tuner="lora", batch=2, length=4096, config=FP8),
+    "8b-lora-fp8-delayed": dict(shape="8b", tuner="lora", batch=2, length=4096, config=FP8 | dict(fp8_recipe="delayed")),
+    "8b-lora-fp8-blockwise": dict(
+        shape="8b", tuner="lora", batch=2, length=4096, config=FP8 | dict(fp8="e4m3", fp8_recipe="blockwise")
+    ),
+    "8b-half-full": dict(shape="8b-half", tuner="full", batch=2, length=4096),
+    "8b-half-full-fp8": dict(shape="8b-half", tuner="full", batch=2, length=4096, config=FP8),
+    "8b-half-full-fp8-delayed": dict(
+        shape="8b-half", tuner="full", batch=2, length=4096, config=FP8 | dict(fp8_recipe="delayed")
+    ),
+    "8b-half-full-fp8-blockwise": dict(
+        shape="8b-half", tuner="full", batch=2, length=4096, config=FP8 | dict(fp8="e4m3", fp8_recipe="blockwise")
+    ),
+    "tiny-fp8": dict(shape="tiny", tuner="full", batch=2, length=256, config=FP8),
     "4b-full": dict(shape="4b", tuner="full", batch=2, length=4096),
     "0.6b-lora-512": dict(shape="0.6b", tuner="lora", batch=1, length=512),
     "0.6b-full": dict(shape="0.6b", tuner="full", batch=4, length=4096),
@@ -90,7 +106,7 @@ def ours(case):
     recompute = (
         dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1) if case.get("recompute") else {}
     )
-    config = mb.ModelConfig(**given, params_dtype="bfloat16", **recompute)
+    config = mb.ModelConfig(**given, params_dtype="bfloat16", **recompute, **case.get("config", {}))
     models = mb.get_mcore_model(config, device="cuda")
     fill(models[0].parameters())
     if case["tuner"] == "lora":
@@ -223,7 +239,7 @@ def main():
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for case in arguments.cases:
         for engine in arguments.engines:
-            if engine != "ours" and "documents" in CASES[case]:
+            if engine != "ours" and CASES[case].keys() & {"documents", "config"}:
                 continue  # the peers are measured on the same tokens unpacked
             left = min(arguments.timeout, arguments.budget - (time.time() - START))
             command = [sys.executable, __file__, "--one", case, engine, "--steps", str(arguments.steps)]

@@ -8,13 +8,25 @@
 namespace mcore_bridge {
 namespace {
 
+// torch before 2.13 cannot take back the error that a storage without memory gives: none is set there.
+template <class Impl>
+void set_error(Impl* storage, const char* error) {
+  if constexpr (requires { storage->clear_data_ptr_access_error_msg_(); }) {
+    if (error) {
+      storage->release_data_and_set_meta_custom_data_ptr_error_msg_(error);
+    } else {
+      storage->clear_data_ptr_access_error_msg_();
+    }
+  }
+}
+
 // The parameters are views of the flat buffer's storage, and graphs hold such views: its memory comes and goes below
 // them. Whoever reads them in between gets an error.
 void give_memory(const at::Tensor& tensor) {
   const auto& storage = tensor.storage();
   const auto bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
   if (storage.nbytes() == bytes) return;
-  storage.unsafeGetStorageImpl()->clear_data_ptr_access_error_msg_();
+  set_error(storage.unsafeGetStorageImpl(), nullptr);
   storage.set_data_ptr_noswap(storage.allocator()->allocate(bytes));
   storage.set_nbytes(bytes);
 }
@@ -23,9 +35,9 @@ void take_memory(const at::Tensor& tensor) {
   const auto& storage = tensor.storage();
   storage.set_data_ptr_noswap(storage.allocator()->allocate(0));
   storage.set_nbytes(static_cast<size_t>(0));
-  storage.unsafeGetStorageImpl()->release_data_and_set_meta_custom_data_ptr_error_msg_(
-      "this parameter is fully sharded and not in place outside the model's forward; read it inside "
-      "`with mcore_bridge.materialised(models):` (C++: MaterialisedParameters)");
+  set_error(storage.unsafeGetStorageImpl(),
+            "this parameter is fully sharded and not in place outside the model's forward; read it inside "
+            "`with mcore_bridge.materialised(models):` (C++: MaterialisedParameters)");
 }
 
 }  // namespace
