@@ -145,7 +145,8 @@ void check_fp8(const ModelConfig& c) {
   one_of("fp8_amax_compute_algo", c.fp8_amax_compute_algo, {"max", "most_recent"});
   MCB_CHECK(c.fp8_amax_history_len > 0, "ModelConfig.fp8_amax_history_len: ", c.fp8_amax_history_len,
             " must be at least 1");
-  MCB_CHECK(!c.is_moe(), "ModelConfig.fp8: experts' products are not computed in FP8 by this version; leave out fp8 for "
+  MCB_CHECK(!c.is_moe(),
+            "ModelConfig.fp8: experts' products are not computed in FP8 by this version; leave out fp8 for "
             "mixture-of-experts models");
   MCB_CHECK(!c.tp_comm_overlap,
             "ModelConfig.tp_comm_overlap: exchanges beside FP8 products are not supported by this "

@@ -171,9 +171,12 @@ def test_model_is_near_its_own_dtype(recipe, fp8, lora):
     loss, found = gradients(build(lora, fp8=fp8, fp8_recipe=recipe), **batch())
     assert found.keys() == plain.keys()
     assert loss != plain_loss and abs(loss - plain_loss) < 3e-3
-    # e4m3 keeps 4 bits (a relative error of up to 1/32 a number), e5m2 3; errors of many numbers average.
+    # Rounding to 4 bits (e4m3) is an error of 0.026 (root mean square, relative), to 3 bits (e5m2) 0.052. The first layer's
+    # gradients have passed 4 products a layer, each with a rounded gradient and a rounded weight; errors add up in squares.
+    products, of_gradient = 4 * BASE["num_layers"], 0.052 if fp8 == "hybrid" else 0.026
+    bound = 1.2 * (products * (of_gradient**2 + 0.026**2)) ** 0.5
     for name in plain:
-        assert relative(found[name], plain[name]) < (0.16 if fp8 == "hybrid" else 0.10), name
+        assert relative(found[name], plain[name]) < bound, name
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -264,3 +267,13 @@ def test_refusals(fields, words):
         build(**fields)
     for word in words:
         assert word in str(error.value)
+
+
+def test_published_codes_come_back():
+    """A blockwise checkpoint's weight is loaded as bf16: quantising that again gives its very codes."""
+    weight = random(256, 384, seed=3)
+    (codes, scale), _ = quantize(weight, "blocks")
+    loaded = kernels.fp8_dequantize((codes, scale), "blocks").bfloat16()
+    (again, scale_again), _ = quantize(loaded, "blocks")
+    assert torch.equal(again.view(torch.uint8), codes.view(torch.uint8))
+    assert relative(scale_again[:, :3].cpu(), scale[:, :3].cpu()) < 2**-8
