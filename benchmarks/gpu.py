@@ -36,12 +36,28 @@ SHAPES = {
                     num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
                     **QWEN3 | dict(num_key_value_heads=4)),
 }  # fmt: skip
+SHAPES["8b-half"] = SHAPES["8b"] | dict(num_hidden_layers=18)  # what full training with fp32 masters leaves room for
+FP8 = dict(fp8="hybrid", fp8_recipe="tensorwise")
 CASES = {
     "tiny": dict(shape="tiny", tuner="full", batch=2, length=256),
     "tiny-lora": dict(shape="tiny", tuner="lora", batch=2, length=256),
     "8b-lora": dict(shape="8b", tuner="lora", batch=2, length=4096),
     "8b-lora-packed": dict(shape="8b", tuner="lora", batch=2, length=4096, documents=4),
     "8b-lora-recompute": dict(shape="8b", tuner="lora", batch=2, length=4096, recompute=True),
+    "8b-lora-fp8": dict(shape="8b", tuner="lora", batch=2, length=4096, config=FP8),
+    "8b-lora-fp8-delayed": dict(shape="8b", tuner="lora", batch=2, length=4096, config=FP8 | dict(fp8_recipe="delayed")),
+    "8b-lora-fp8-blockwise": dict(
+        shape="8b", tuner="lora", batch=2, length=4096, config=FP8 | dict(fp8="e4m3", fp8_recipe="blockwise")
+    ),
+    "8b-half-full": dict(shape="8b-half", tuner="full", batch=2, length=4096),
+    "8b-half-full-fp8": dict(shape="8b-half", tuner="full", batch=2, length=4096, config=FP8),
+    "8b-half-full-fp8-delayed": dict(
+        shape="8b-half", tuner="full", batch=2, length=4096, config=FP8 | dict(fp8_recipe="delayed")
+    ),
+    "8b-half-full-fp8-blockwise": dict(
+        shape="8b-half", tuner="full", batch=2, length=4096, config=FP8 | dict(fp8="e4m3", fp8_recipe="blockwise")
+    ),
+    "tiny-fp8": dict(shape="tiny", tuner="full", batch=2, length=256, config=FP8),
     "4b-full": dict(shape="4b", tuner="full", batch=2, length=4096),
     "0.6b-lora-512": dict(shape="0.6b", tuner="lora", batch=1, length=512),
     "0.6b-full": dict(shape="0.6b", tuner="full", batch=4, length=4096),
@@ -122,7 +138,7 @@ def model_config(case):
     recompute = (
         dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1) if case.get("recompute") else {}
     )
-    return mb.ModelConfig(**given, params_dtype="bfloat16", **recompute)
+    return mb.ModelConfig(**given, params_dtype="bfloat16", **recompute, **case.get("config", {}))
 
 
 def optimizer(case):
@@ -331,7 +347,7 @@ def main():
     # Ours first, the compilers last: what does not fit into the time is theirs.
     for engine in [engine for engine in ENGINES if engine in (arguments.engines or ENGINES)]:
         for case in given:
-            if engine not in ("ours", "graphs") and "documents" in CASES[case]:
+            if engine not in ("ours", "graphs") and CASES[case].keys() & {"documents", "config"}:
                 continue  # the peers are measured on the same tokens unpacked
             if case in LEFT_OUT.get(engine, []) and not (arguments.cases and arguments.engines):
                 continue

@@ -31,6 +31,11 @@ struct StepResult {
 /// zero.
 void finish_gradients(const Chunks& chunks);
 
+/// For training loops of one's own, after the optimizer's step, when fp8_recipe is delayed: the step's largest
+/// magnitudes join the history that the next step's scales come from (Trainer does it itself; without it every tensor
+/// is scaled for its own largest magnitude). Collective.
+void update_fp8_scales(const Chunks& chunks);
+
 class Optimizer;  // train/optimizer_state.h
 
 class Trainer {

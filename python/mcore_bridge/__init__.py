@@ -13,7 +13,7 @@ _EXPORTS = {
     "model": ["get_mcore_model", "GPTModel", "PackedSeqParams", "unwrap_model", "forward_logits"],
     "bridge": ["GPTBridge", "inspect_checkpoint", "convert_checkpoint", "diff_checkpoints"],
     "lora": ["LoraOptions", "LoraParallelLinear", "add_lora"],
-    "trainer": ["Trainer", "finish_gradients", "materialised"],
+    "trainer": ["Trainer", "finish_gradients", "materialised", "update_fp8_scales"],
     "routing": ["record_routing", "replay_routing"],
     "planner": ["plan_layout", "search_layouts", "check_layout"],
     "parallel_state": [

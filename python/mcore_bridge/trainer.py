@@ -72,3 +72,10 @@ def finish_gradients(models):
     """For loops of one's own, between backward() and optimizer.step(): completes gradients over the model-parallel ranks
     (norms under sequence parallelism, LoRA matrices, tied embeddings) and sums them over the data-parallel ones. Collective."""
     _core.finish_gradients(engines(models))
+
+
+def update_fp8_scales(models):
+    """For loops of one's own with fp8_recipe "delayed", after optimizer.step(): the step's largest magnitudes join the history that
+    the next step's scales come from. Without it every tensor is scaled for its own largest magnitude, as with "tensorwise".
+    Collective."""
+    _core.update_fp8_scales(engines(models))

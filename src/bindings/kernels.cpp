@@ -3,11 +3,13 @@
 #include "kernels/adamw.h"
 #include "kernels/cross_entropy.h"
 #include "kernels/cuda/launch.h"
+#include "kernels/fp8.h"
 #include "kernels/gated_activation.h"
 #include "kernels/lora_b.h"
 #include "kernels/rms_norm.h"
 #include "kernels/split_qkv.h"
 #include "layers/activation.h"
+#include "layers/attention/core_attention.h"
 
 namespace mcore_bridge {
 namespace {
@@ -31,11 +33,72 @@ SplitQkvOptions split_options(int64_t groups, int64_t per_group, int64_t d, cons
           .norm = {.epsilon = epsilon}};
 }
 
+/// A micro-batch's packed row.
+struct PackedRow {
+  PackedRow(const at::Tensor& cu_seqlens, bool cudnn) {
+    const auto host = cu_seqlens.cpu().to(at::kLong);
+    packed.cu_seqlens = cu_seqlens;
+    packed.cu_seqlens_host.assign(host.data_ptr<int64_t>(), host.data_ptr<int64_t>() + host.numel());
+    packed.max_seqlen = host.diff().max().item<int64_t>();
+    if (cudnn && cudnn_attention_here(cu_seqlens.device())) rows = std::make_shared<RaggedRows>(packed);
+  }
+  PackedSeqParams packed;
+  std::shared_ptr<RaggedRows> rows;
+};
+
+/// As Python sees it: (values, scale), the scaling's name beside.
+using Fp8Tensors = std::pair<at::Tensor, at::Tensor>;
+
+Fp8Scaling parse_scaling(const std::string& name) {
+  return name == "rows" ? Fp8Scaling::kRows : name == "blocks" ? Fp8Scaling::kBlocks : Fp8Scaling::kTensor;
+}
+
+Fp8Matrix fp8_matrix(const Fp8Tensors& tensors, const std::string& scaling) {
+  return {tensors.first, tensors.second, parse_scaling(scaling)};
+}
+
+void init_fp8(py::module_& kernels) {
+  kernels.def("fp8_quantize", [](const at::Tensor& x, const std::string& scaling, bool e5m2, bool straight, bool turned,
+                                 const OptTensor& reference, const OptTensor& amax) {
+    const auto pair = fp8_quantize(x, {.scaling = parse_scaling(scaling),
+                                       .format = e5m2 ? at::kFloat8_e5m2 : at::kFloat8_e4m3fn,
+                                       .straight = straight,
+                                       .turned = turned,
+                                       .reference = or_undefined(reference),
+                                       .amax = or_undefined(amax)});
+    return std::tuple{or_none(pair.straight.values), or_none(pair.straight.scale), or_none(pair.turned.values),
+                      or_none(pair.turned.scale)};
+  });
+  kernels.def("fp8_raise_amax", &fp8_raise_amax);
+  kernels.def("fp8_dequantize", [](const Fp8Tensors& matrix, const std::string& scaling) {
+    return fp8_dequantize(fp8_matrix(matrix, scaling));
+  });
+  kernels.def("fp8_matmul", [](const Fp8Tensors& a, const std::string& scaling_a, const Fp8Tensors& b,
+                               const std::string& scaling_b, int64_t rows, const OptTensor& onto,
+                               const at::Tensor& like) {
+    return fp8_matmul(fp8_matrix(a, scaling_a), fp8_matrix(b, scaling_b), rows, like.scalar_type(), or_undefined(onto));
+  });
+  kernels.def("fp8_accumulate",
+              [](const at::Tensor& sum, const Fp8Tensors& a, const Fp8Tensors& b, const std::string& scaling,
+                 bool accumulate) { fp8_accumulate(sum, fp8_matrix(a, scaling), fp8_matrix(b, scaling), accumulate); });
+}
+
 }  // namespace
 
 void init_kernels(py::module_& module) {
   auto kernels = module.def_submodule("kernels", "Fused operations, each with a reference in plain ATen.");
   kernels.def("cuda_built", &cuda::built);
+  init_fp8(kernels);
+  kernels.def("cudnn_attention_here", [](const std::string& device) { return cudnn_attention_here(device); });
+  py::class_<PackedRow>(kernels, "PackedRow")
+      .def(py::init<const at::Tensor&, bool>(), "cu_seqlens, whether cuDNN may take it");
+  kernels.def(
+      "core_attention",
+      [](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const PackedRow* row, int64_t window_left) {
+        return core_attention(q, k, v, {}, row ? std::optional(row->packed) : std::nullopt, row ? row->rows : nullptr,
+                              {.window_left = window_left}, true);
+      },
+      "Differentiable; q [s, b, n, d], k and v [s, b, groups, d].");
   kernels.def("rms_norm_forward", [](const at::Tensor& x, const OptTensor& delta, const at::Tensor& weight,
                                      double epsilon, bool zero_centered) {
     const auto out = rms_norm_forward(x, or_undefined(delta), weight, {epsilon, zero_centered});

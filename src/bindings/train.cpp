@@ -5,6 +5,7 @@
 #include "mcore_bridge/error.h"
 #include "mcore_bridge/materialised.h"
 #include "mcore_bridge/trainer.h"
+#include "models/fp8.h"
 #include "models/gpt_model.h"
 
 namespace mcore_bridge {
@@ -98,6 +99,9 @@ void init_train(py::module_& module) {
 
   module.def("take_phase_seconds", &take_phase_seconds);
   module.def("finish_gradients", &finish_gradients, NoGil());
+  module.def("update_fp8_scales", &update_fp8_scales, NoGil());
+  module.def("fp8_history", &fp8_history);
+  module.def("set_fp8_history", &set_fp8_history);
   module.def("learning_rate", [](const py::dict& options, int64_t iteration) {
     return learning_rate(optimizer_options(options), iteration);
   });

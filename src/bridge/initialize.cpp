@@ -11,6 +11,7 @@ void initialize(const Chunks& chunks, uint64_t seed) {
     const auto& config = chunks[0]->config();
     initialize_parameter(parameter.tensor, parameter.plan, seed, config.init_method_std, config.num_layers);
   }
+  note_weights_written(/*frozen=*/true);
 }
 
 }  // namespace mcore_bridge

@@ -200,6 +200,7 @@ LoadReport load(const Chunks& chunks, const std::string& folder, const LoadOptio
     if (options.progress) options.progress(done, work);
   });
   for (auto& loader : loaders) loader.finish();
+  note_weights_written(/*frozen=*/true);
   if (!options.peft_format) chunks[0]->fp8_scales.clear();
   for (const auto& [name, source] : sources) {
     if (source->scales()) chunks[0]->fp8_scales[name] = *source->scales();

@@ -127,6 +127,35 @@ void check_recompute(const ModelConfig& c) {
             "ModelConfig.cpu_offloading: cpu_offloading_num_layers says of how many layers, and is 0");
 }
 
+void check_fp8(const ModelConfig& c) {
+  const auto one_of = [](const char* field, const std::string& value, std::initializer_list<const char*> allowed) {
+    std::string list;
+    for (const auto* word : allowed) {
+      if (value == word) return;
+      list += (list.empty() ? "" : ", ") + std::string(word);
+    }
+    fail("ModelConfig.", field, ": '", value, "' is not one of ", list);
+  };
+  if (!c.fp8) return;  // the other fields say nothing then
+  one_of("fp8", *c.fp8, {"e4m3", "hybrid"});
+  MCB_CHECK(c.fp8_recipe != "mxfp8",
+            "ModelConfig.fp8_recipe: 'mxfp8' is not supported by this version; use tensorwise, "
+            "delayed or (Hopper) blockwise");
+  one_of("fp8_recipe", c.fp8_recipe, {"tensorwise", "delayed", "blockwise"});
+  one_of("fp8_amax_compute_algo", c.fp8_amax_compute_algo, {"max", "most_recent"});
+  MCB_CHECK(c.fp8_amax_history_len > 0, "ModelConfig.fp8_amax_history_len: ", c.fp8_amax_history_len,
+            " must be at least 1");
+  MCB_CHECK(!c.is_moe(),
+            "ModelConfig.fp8: experts' products are not computed in FP8 by this version; leave out fp8 for "
+            "mixture-of-experts models");
+  MCB_CHECK(!c.tp_comm_overlap,
+            "ModelConfig.tp_comm_overlap: exchanges beside FP8 products are not supported by this "
+            "version; leave out tp_comm_overlap or fp8");
+  for (const auto count : {c.num_layers_at_start_in_bf16, c.num_layers_at_end_in_bf16})
+    MCB_CHECK(count >= 0, "ModelConfig.num_layers_at_start_in_bf16, num_layers_at_end_in_bf16: ", count,
+              " must not be negative");
+}
+
 void check_tensor_parallel(const ModelConfig& c) {
   const auto tp = c.tensor_model_parallel_size, heads = c.num_attention_heads, groups = c.query_groups();
   // Where every layer has experts, expert_tensor_parallel_size splits them instead.
@@ -203,6 +232,8 @@ void ModelConfig::finalize() {
   check_supported(*this);
   check_ranges(*this);
   check_moe(*this);
+  if (fp8 && (fp8->empty() || *fp8 == "none")) fp8.reset();
+  check_fp8(*this);
   check_recompute(*this);
   check_layout(*this);
 }

@@ -132,6 +132,8 @@ LinearOutput ParallelLinear::run(const at::Tensor& x, const at::Tensor& delta, L
   plan.layout = part_layout(options_, parallel_->tp.size());
   plan.column = options_.shard == Shard::kColumn;
   plan.group = parallel_->tp;
+  plan.fp8 = fp8_;
+  if (fp8_) fp8_->set_training(training());
   LinearTensors tensors{
       .x_sbh = x, .delta = delta, .weight = weight_, .bias = bias_, .norm_weight = layer_norm_weight_};
   bool draws = false;
@@ -151,9 +153,10 @@ LinearOutput ParallelLinear::run(const at::Tensor& x, const at::Tensor& delta, L
 
 at::Tensor ParallelLinear::forward_sharded(const at::Tensor& x) const {
   const auto& tp = parallel_->tp;
+  if (fp8_) fp8_->set_training(training());
   ActivationOffload::keep(x);
   if (options_.shard == Shard::kColumn) {
-    auto y = gathered_linear(x, weight_, bias_, tp, options_.overlap);
+    auto y = gathered_linear(x, weight_, bias_, tp, options_.overlap, fp8_);
     for (const auto& [name, adapter] : adapters_) y = y + adapter_output(adapter, x);
     return y;
   }
@@ -163,7 +166,7 @@ at::Tensor ParallelLinear::forward_sharded(const at::Tensor& x) const {
     const auto output = adapter_output(adapter, x);
     sum = sum.defined() ? sum + output : output;
   }
-  const auto y = scattered_linear(x, weight_, sum, tp, options_.overlap);
+  const auto y = scattered_linear(x, weight_, sum, tp, options_.overlap, fp8_);
   return bias_.defined() ? y + bias_ : y;
 }
 
@@ -200,6 +203,23 @@ void ParallelLinear::add_adapter(const std::string& name, std::vector<bool> part
                      .dropout = dropout};
 }
 
+void ParallelLinear::set_fp8(const std::string& name, Fp8Options options) {
+  const bool blocks = options.recipe == Fp8Recipe::kBlockwise;
+  const auto missing = fp8_missing(weight_.device(), blocks);
+  MCB_CHECK(missing.empty(), "get_mcore_model: fp8: ", missing);
+  const auto multiple = fp8_multiple(blocks ? Fp8Scaling::kRows : Fp8Scaling::kTensor);
+  for (const auto dim : {0, 1}) {
+    MCB_CHECK(weight_.size(dim) % multiple == 0, "get_mcore_model: fp8: ", name, " has ", weight_.size(dim),
+              dim == 0 ? " rows" : " columns", " on this tensor-parallel rank (of ", parallel_->tp.size(),
+              "), which must be a multiple of ", multiple,
+              blocks ? " with fp8_recipe blockwise; use fewer ranks, or tensorwise or delayed (16)"
+                     : "; use fewer ranks, or no fp8");
+  }
+  options.column = options_.shard == Shard::kColumn;
+  options.tp = parallel_->tp;
+  fp8_ = std::make_shared<Fp8Linear>(std::move(options));
+}
+
 at::Tensor ParallelLinear::merged_weight(const std::string& name) const {
   at::NoGradGuard no_grad;
   const auto found = adapters_.find(name);
@@ -227,7 +247,7 @@ Footprint ParallelLinear::footprint(const ActivationShape& shape, bool gated) co
     result.backward_flops += flops * ((columns_grad ? 1 : 0) + (matrix_grad ? 1 : 0));
   };
   product(tokens, weight_, weight_grad, input_grad);
-  if (weight_grad) result.deferred = tokens * (in + out) * e;
+  if (weight_grad) result.deferred = tokens * (in + out) * (fp8_ ? 1 : e);
   const auto whole = tokens * (column ? in : out) * e, shard = whole / tp;  // what crosses the group
   if (column && split) {
     result.tensor_forward = options_.overlap ? Traffic::exchange(shard) * (tp - 1) : Traffic::all_gather(whole, tp);
@@ -283,6 +303,10 @@ Footprint ParallelLinear::footprint(const ActivationShape& shape, bool gated) co
   // Gradients of output and input, the input made again (gated: its gradient is twice as wide); on the CPU the steps of
   // the activation's gradient and the fp32 copies from which the weight's is added up.
   result.workspace = tokens * (out + (!gated ? 3 : shape.fused ? 4 : 6) * in) * e;
+  if (fp8_) {
+    const bool turned = weight_grad;  // both matrices once more, for the weight's gradient
+    result.workspace += tokens * (out + (turned ? out + in : 0));
+  }
   if (!shape.fused && e < 4 && weight_grad) result.workspace += tokens * (out + in) * 4;
   return result;
 }

@@ -69,6 +69,9 @@ class ParallelLinear : public Module {
   const std::map<std::string, LoraAdapter>& adapters() const { return adapters_; }
   /// A zeroed-B adapter on the parts marked; A is left for the caller to fill.
   void add_adapter(const std::string& name, std::vector<bool> parts, int64_t r, double scaling, double dropout);
+  /// From now on the weight's products are in FP8 (adapters stay as they are). ValueError names what does not fit.
+  void set_fp8(const std::string& name, Fp8Options options);
+  const std::shared_ptr<Fp8Linear>& fp8() const { return fp8_; }
   /// W + scaling * B A of this adapter, in a new tensor of W's dtype; W itself does not change. Local, no
   /// communication.
   at::Tensor merged_weight(const std::string& adapter) const;
@@ -89,6 +92,7 @@ class ParallelLinear : public Module {
   ParallelStatePtr parallel_;
   at::Tensor weight_, bias_, layer_norm_weight_;
   std::map<std::string, LoraAdapter> adapters_;
+  std::shared_ptr<Fp8Linear> fp8_;
 };
 
 }  // namespace mcore_bridge

@@ -30,6 +30,21 @@ struct Holder : torch::CustomClassHolder {
   LinearPlan plan;
   Edges edges;
   std::vector<std::shared_ptr<MainGradient>> main;  ///< by slot
+  at::Tensor amax;                                  ///< FP8: what the input was scaled for
+
+  /// The gradient of the weight from quantised matrices, as weight_gradient gives it.
+  at::Tensor fp8_weight_gradient(const at::Tensor& weight, const Fp8Matrix& dy, const Fp8Matrix& x) const {
+    auto product = [dy, x, dtype = weight.scalar_type(), out = weight.size(0)] {
+      return fp8_matmul(dy, x, out, dtype, {});
+    };
+    if (auto* store = WeightGradients::current()) {
+      store->add(weight, product);
+      return {};
+    }
+    if (!main[kWeight]) return product();
+    add(*main[kWeight], [dy, x](const at::Tensor& grad, bool accumulate) { fp8_accumulate(grad, dy, x, accumulate); });
+    return {};
+  }
 
   /// a^T b, the gradient of `parameter`: into the main gradient, or returned for autograd when there is none, or put
   /// aside.
@@ -135,11 +150,17 @@ struct Linear : torch::autograd::Function<Linear> {
       if (y.defined()) {
         y.addmm_(kept.low[i], kept.b[i].t(), 1, scaling);
       } else {
-        y = product(kept.low[i], kept.b[i].t(), scaling);
+        y = plan.fp8 ? plan.fp8->product(x, weight.size(0)) : at::Tensor();
+        y = y.defined() ? at::addmm_out(y, y, kept.low[i], kept.b[i].t(), 0, scaling)
+                        : product(kept.low[i], kept.b[i].t(), scaling);
       }
     }
     const auto& bias = inputs[kBias];
-    if (y.defined()) {  // the big product accumulates onto the small one
+    at::Tensor amax;
+    if (plan.fp8) {
+      y = plan.fp8->forward(x, weight, y, &amax);
+      if (plan.column && bias.defined()) y.add_(bias);
+    } else if (y.defined()) {  // the big product accumulates onto the small one
       y.addmm_(x, weight.t());
       if (plan.column && bias.defined()) y.add_(bias);
     } else {
@@ -164,6 +185,7 @@ struct Linear : torch::autograd::Function<Linear> {
     auto holder = c10::make_intrusive<Holder>();
     holder->plan = plan;
     holder->edges = *edges;
+    holder->amax = amax;
     for (size_t slot = 0; slot < inputs.size(); ++slot) {
       const bool matrix = slot == kWeight || slot >= kAdapters;
       holder->main.push_back(matrix ? main_gradient(inputs[slot]) : nullptr);
@@ -210,6 +232,13 @@ struct Linear : torch::autograd::Function<Linear> {
     std::vector<at::Tensor> grad_low;
     at::Tensor grad_input;
     bool wants_a = false;
+    Fp8Pair grad_fp8;
+    if (plan.fp8 && (wants_input || wants(kWeight))) grad_fp8 = plan.fp8->gradient(grad_y, wants_input, wants(kWeight));
+    auto low_product = [&](const at::Tensor& low, const at::Tensor& a) {
+      if (!plan.fp8) return at::mm(low, a);
+      auto to = plan.fp8->product(low, a.size(1));
+      return at::mm_out(to, low, a);
+    };
     for (size_t i = 0; i < plan.adapters.size(); ++i) {
       const auto a_slot = kAdapters + 2 * i;
       const auto &a = saved[5 + 4 * i], &low = saved[6 + 4 * i], &b = saved[7 + 4 * i], &mask = saved[8 + 4 * i];
@@ -223,11 +252,16 @@ struct Linear : torch::autograd::Function<Linear> {
         const auto seen = at::native_dropout_backward(at::mm(grad_low[i], a), mask, 1 / (1 - plan.adapters[i].dropout));
         grad_input = grad_input.defined() ? grad_input.add_(seen) : seen;
       } else {
-        grad_input = grad_input.defined() ? grad_input.addmm_(grad_low[i], a) : at::mm(grad_low[i], a);
+        grad_input = grad_input.defined() ? grad_input.addmm_(grad_low[i], a) : low_product(grad_low[i], a);
       }
     }
     if (wants_input) {
-      grad_input = grad_input.defined() ? grad_input.addmm_(grad_y, weight) : at::mm(grad_y, weight);
+      if (plan.fp8) {
+        grad_input = plan.fp8->input_gradient(grad_fp8.straight, grad_y.size(0), weight, grad_input);
+        grad_fp8.straight = {};
+      } else {
+        grad_input = grad_input.defined() ? grad_input.addmm_(grad_y, weight) : at::mm(grad_y, weight);
+      }
       auto sizes = grad.sizes().vec();
       sizes.back() = weight.size(1);
       grad_input = grad_input.view(sizes);
@@ -262,7 +296,11 @@ struct Linear : torch::autograd::Function<Linear> {
     if (!wants_weights) return by_edge();
 
     const auto x = matrix(input);
-    if (wants(kWeight)) result[kWeight] = holder->weight_gradient(kWeight, weight, grad_y, x);
+    if (wants(kWeight) && plan.fp8) {
+      result[kWeight] = holder->fp8_weight_gradient(weight, grad_fp8.turned, plan.fp8->turned_input(x, holder->amax));
+    } else if (wants(kWeight)) {
+      result[kWeight] = holder->weight_gradient(kWeight, weight, grad_y, x);
+    }
     for (size_t i = 0; i < plan.adapters.size(); ++i) {
       if (!wants(kAdapters + 2 * i)) continue;
       const auto& mask = saved[8 + 4 * i];

@@ -4,11 +4,13 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <memory>
 #include <vector>
 
 #include "kernels/gated_activation.h"
 #include "kernels/lora_b.h"
 #include "kernels/rms_norm.h"
+#include "layers/fp8_linear.h"
 #include "parallel/group.h"
 
 namespace mcore_bridge {
@@ -28,6 +30,7 @@ struct LinearPlan {
   /// the bias.
   bool column = true, sequence_parallel = false;
   Group group;
+  std::shared_ptr<Fp8Linear> fp8;  ///< the weight's products in FP8 (adapters keep their dtype); null: in x's dtype
 };
 
 struct LinearTensors {

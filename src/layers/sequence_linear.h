@@ -5,6 +5,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <memory>
+
+#include "layers/fp8_linear.h"
 #include "parallel/group.h"
 
 namespace mcore_bridge {
@@ -13,10 +16,10 @@ namespace mcore_bridge {
 /// W's gradient, beside the product that gives x's, which is reduce-scattered. `bias` may be undefined. `overlap`: the
 /// exchanges run in blocks beside the products (overlapped_matmul.h).
 at::Tensor gathered_linear(const at::Tensor& x_sbh, const at::Tensor& weight, const at::Tensor& bias, const Group& tp,
-                           bool overlap);
+                           bool overlap, std::shared_ptr<Fp8Linear> fp8 = {});
 
 /// reduce_scatter(x W^T + addend): x [s, b, in], addend [s, b, out] or undefined -> [s / tp, b, out].
 at::Tensor scattered_linear(const at::Tensor& x_sbh, const at::Tensor& weight, const at::Tensor& addend,
-                            const Group& tp, bool overlap);
+                            const Group& tp, bool overlap, std::shared_ptr<Fp8Linear> fp8 = {});
 
 }  // namespace mcore_bridge

@@ -11,6 +11,7 @@
 #include "layers/recompute.h"
 #include "mcore_bridge/error.h"
 #include "models/context_share.h"
+#include "models/fp8.h"
 #include "parallel/collectives.h"
 #include "parallel/zigzag.h"
 
@@ -99,6 +100,7 @@ GPTModel::GPTModel(const ModelConfig& config, ParallelStatePtr parallel, int vp_
     output_ = std::make_unique<OutputLayer>(vocab, parallel_, options, /*own_weight=*/!(tied && one_stage));
   }
   if (config_.position_embedding_type == "rope") rope_ = std::make_unique<RotaryEmbedding>(config_, device_);
+  set_up_fp8(*this);
 }
 
 std::vector<Module::Child> GPTModel::children() const {
@@ -114,6 +116,7 @@ std::vector<Module::Child> GPTModel::children() const {
 AttentionInput GPTModel::attention_input(const ForwardInput& input) const {
   AttentionInput result;
   result.packed = input.packed;
+  if (input.packed && cudnn_attention_here(device_)) result.rows = std::make_shared<RaggedRows>(*input.packed);
   const auto& any = input.input_ids.defined() ? input.input_ids : input.labels;
   int64_t batch = 0, length = 0;
   if (any.defined()) {
@@ -145,7 +148,8 @@ AttentionInput GPTModel::attention_input(const ForwardInput& input) const {
             "attention_chunk_size ",
             *config_.attention_chunk_size, ", which context_parallel_size ", cp.size(),
             " does not support; use shorter documents or context_parallel_size 1");
-  if (chunks && !input.attention_mask.defined()) result.chunks = in_chunks(ends, *config_.attention_chunk_size, device_);
+  if (chunks && !input.attention_mask.defined())
+    result.chunks = in_chunks(ends, *config_.attention_chunk_size, device_);
   auto natural = [&] {
     const auto positions = default_positions(input, batch, whole, device_);
     return cp.size() > 1 ? zigzag_slice(positions, 1, ends, cp.size(), cp.rank()) : positions;

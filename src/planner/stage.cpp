@@ -39,6 +39,7 @@ PlannedStage plan_stage(const PlanRequest& request, const Topology& topology, in
   result.boundary =
       shape.tokens() / (config.sequence_parallel ? topology.sizes().tensor : 1) * config.hidden_size * shape.element;
   std::vector<ManagedParameter> all;
+  int64_t fp8_weights = 0;
   for (int vp_stage = 0; vp_stage < config.virtual_stages(); ++vp_stage) {
     Chunks chunk{build_model(config, parallel, vp_stage, "meta")};
     if (request.lora) add_lora(chunk, *request.lora);
@@ -46,6 +47,9 @@ PlannedStage plan_stage(const PlanRequest& request, const Topology& topology, in
       for (const auto& prefix : request.frozen) {
         if (parameter.name.starts_with(prefix)) parameter.tensor.set_requires_grad(false);
       }
+    }
+    for (const auto& linear : chunk[0]->linears()) {
+      if (linear.layer->fp8()) fp8_weights += Fp8Linear::weight_bytes(linear.layer->weight().numel());
     }
     auto parameters = managed_parameters(chunk);
     for (auto& parameter : parameters) parameter.chunk = vp_stage;
@@ -61,6 +65,7 @@ PlannedStage plan_stage(const PlanRequest& request, const Topology& topology, in
     if (matrix != last.parameters.rend())
       last.segments.back().footprint.saved += static_cast<int64_t>(matrix->tensor.nbytes());
   }
+  if (result.buffers.sharding != Sharding::kParameters) result.buffers.weights += fp8_weights;
   return result;
 }
 

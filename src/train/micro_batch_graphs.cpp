@@ -38,6 +38,20 @@ void check_recordable(const GPTModel& model) {
   MCB_CHECK(!config.cpu_offloading, "cuda_graph_impl: cpu_offloading waits for copies on the host; use one of them");
   MCB_CHECK(!rope_depends_on_length(config),
             "cuda_graph_impl: this model's rope_scaling depends on the length of the row; use cuda_graph_impl none");
+  if (config.fp8) {
+    MCB_CHECK(
+        config.fp8_recipe != "delayed",
+        "cuda_graph_impl: fp8_recipe 'delayed' changes how it scales after the first step, which cannot be recorded; "
+        "use tensorwise or blockwise, or cuda_graph_impl none");
+    for (const auto& parameter : model.named_parameters()) {
+      const auto& name = parameter.name;
+      const bool weight = name.starts_with("decoder.layers.") && name.ends_with(".weight") &&
+                          name.find("linear_") != std::string::npos && name.find(".lora_") == std::string::npos;
+      MCB_CHECK(!weight || !parameter.tensor.requires_grad(), "cuda_graph_impl: with fp8, '", name,
+                "' is quantised once a step on the host's order, which cannot be recorded; train an adapter, or use "
+                "cuda_graph_impl none");
+    }
+  }
   MCB_CHECK(model.device().is_cuda(), "cuda_graph_impl: 'local' needs a GPU, the model is on ", model.device());
   MCB_CHECK(cuda::built(), "cuda_graph_impl: this build has no CUDA kernels; build with MCB_CUDA=ON");
 }

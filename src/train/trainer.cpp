@@ -10,6 +10,8 @@
 #include "layers/finite_check.h"
 #include "mcore_bridge/error.h"
 #include "models/context_share.h"
+#include "models/fp8.h"
+#include "models/gpt_model.h"
 #include "parallel/together.h"
 #include "train/complete_gradients.h"
 #include "train/executor.h"
@@ -171,6 +173,7 @@ struct Trainer::State {
         std::make_shared<ParameterBuffers>(managed_parameters(chunks), model().parallel_ptr(), buffer_options(options));
     for (size_t i = 0; i < chunks.size(); ++i)
       chunks[i]->set_gate(std::make_shared<UnitGate>(result, static_cast<int>(i), chunks[i]->units()));
+    if (buffer_options(options).sharding == Sharding::kParameters) drop_fp8_weights(chunks);
     return result;
   }
 
@@ -291,6 +294,8 @@ StepResult Trainer::train_step(const std::vector<ForwardInput>& micro_batches, d
   const auto skip = bad.to(at::kFloat);
   const auto scale = grad_scale(totals[1].sqrt(), loss_scale, s.options.clip_grad);
   s.optimizer.step(result.lr, result.weight_decay, scale, skip);
+  note_weights_written(/*frozen=*/false);
+  update_fp8_scales(s.chunks);
   if (!s.optimizer.offloads()) s.buffers->gather_parameters();
 
   const auto host =

@@ -72,6 +72,7 @@ def close(left, right, tolerance=1e-5):
 
 VARIANTS = {
     "full-bf16": ("bfloat16", []),
+    "fp8": ("bfloat16", ["--fp8_format", "hybrid", "--fp8_amax_history_len", 3]),
     "lora": (
         "float32",
         [
@@ -117,6 +118,9 @@ def test_same_layout_bit_for_bit(work):
             assert texts[0][key] == texts[1][key], key
         generators = [json.loads((folder / "training_state/rng.json").read_text()) for folder in (whole, resumed)]
         assert [one["torch"] for one in generators[0].values()] == [one["torch"] for one in generators[1].values()]
+        if name == "fp8":  # what the next step's scales come from
+            histories = [json.loads((folder / "training_state/fp8.json").read_text()) for folder in (whole, resumed)]
+            assert histories[0] == histories[1] and len(histories[0]) == 8  # four linear layers a layer
         assert "training waited" in results[f"{name}-second"]["said"]
         records = [json.loads(line) for line in (work / f"{name}-parts/logging.jsonl").read_text().splitlines()]
         assert [record["iteration"] for record in records if "loss" in record] == [1, 2, 3, 4, 5, 6]

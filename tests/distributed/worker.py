@@ -14,6 +14,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 import mcore_bridge as mb  # noqa: E402
 import tiny  # noqa: E402
+from mcore_bridge.engine import _core  # noqa: E402
 
 LAYOUT_ARGUMENTS = {
     "tp": "tensor_model_parallel_size",
@@ -189,6 +190,7 @@ def run(case, folder):
     adapter = {}
     if lora is not None:
         adapter = {name: tensor.clone() for name, tensor in config.bridge.export_weights(models, peft_format=True)}
+    amax = {name: values.clone() for name, values in _core.fp8_history([model.engine for model in models]).items()}
     ids, _ = tiny.rows(2, 16, seed=1)
     logits = mb.forward_logits(models, ids)
     out = case.get("save")
@@ -209,6 +211,7 @@ def run(case, folder):
         loss_tokens=loss_tokens,
         memory=memory,
         alike=alike,
+        amax=amax,
     )
 
 

@@ -49,7 +49,7 @@ def test_file_of_flags(tmp_path, monkeypatch):
         (["--lr_decay_style", "sideways"], "cosine"),
         (["--columns", "{"], "not JSON"),
         (["--lazy_tokenize", "true"], "not supported"),
-        (["--fp8_format", "hybrid"], "not supported"),
+        (["--fp4_format", "e2m1"], "not supported"),
         (["--moe_enable_deepep", "true"], "moe_enable_deepep true is not supported"),
         (["--bf16", "true"], "not supported"),
         (["stray"], "no flag"),

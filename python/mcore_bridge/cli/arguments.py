@@ -122,6 +122,17 @@ class TrainArguments(ModelArguments):
     recompute_num_layers: Optional[int] = flag(None, "layers of a unit (uniform) or recomputed per stage (block)")
     cpu_offloading: bool = flag(False, "keep activations of some layers in host memory until backward")
     cpu_offloading_num_layers: int = flag(0, "the first so many layers of a stage")
+    fp8_format: Optional[Literal["e4m3", "hybrid"]] = flag(
+        None, "the decoder's linear layers compute in FP8 (docs/fp8.md); hybrid: their gradients in e5m2"
+    )
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise"] = flag(
+        "delayed", "scales: each tensor's own largest magnitude; those of the steps before; 1 x 128 and 128 x 128 blocks (Hopper)"
+    )
+    fp8_amax_history_len: int = flag(1024, "delayed: steps looked back on")
+    fp8_amax_compute_algo: Literal["max", "most_recent"] = flag("max", "delayed: largest of them, or the last")
+    first_last_layers_bf16: bool = flag(False, "with fp8_format: the first and last layer compute in torch_dtype")
+    num_layers_at_start_in_bf16: int = flag(1, "so many at the start")
+    num_layers_at_end_in_bf16: int = flag(1, "so many at the end")
     deterministic_mode: bool = flag(False, "the same bits in every run on GPUs too, at some speed")
     calculate_per_token_loss: bool = flag(True, "every token of the global batch counts alike (false: every micro-batch)")
 

@@ -63,6 +63,12 @@ RUN_FIELDS = (
     "recompute_modules",
     "cpu_offloading",
     "cpu_offloading_num_layers",
+    "fp8_recipe",
+    "fp8_amax_history_len",
+    "fp8_amax_compute_algo",
+    "first_last_layers_bf16",
+    "num_layers_at_start_in_bf16",
+    "num_layers_at_end_in_bf16",
     "deterministic_mode",
 )
 
@@ -102,6 +108,8 @@ def config_fields_of(arguments, fields, folder, **more):
     for name in (*RUN_FIELDS, *experts):
         if hasattr(arguments, name):
             flags[name] = getattr(arguments, name)
+    if hasattr(arguments, "fp8_format"):
+        flags["fp8"] = arguments.fp8_format
     return {**fields, **flags, **more, **arguments.megatron_extra_kwargs}
 
 

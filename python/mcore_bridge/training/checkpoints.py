@@ -12,7 +12,7 @@ from ..bridge import parse_size
 from ..engine import _core
 from ..trainer import materialised
 from ..utils import get_logger
-from . import rng_state
+from . import fp8_state, rng_state
 from .control import new_engine_group
 from .resume import FORMAT, checkpoints, step_of
 
@@ -89,6 +89,8 @@ class Checkpoints:
         """Files beside the tensors and state.json, on rank 0."""
         a = self.arguments
         generators = None if a.no_save_rng else self.control.gather(rng_state.capture())
+        delayed = self.config.fp8 and self.config.fp8_recipe == "delayed"
+        histories = self.control.gather(fp8_state.capture(self.models)) if delayed else None
         if self.control.rank:
             return [], "{}"
         from ..cli.session import side_files, tokenizer_files
@@ -102,6 +104,8 @@ class Checkpoints:
         if generators is not None:
             content = {str(rank): generator for rank, generator in enumerate(generators)}
             files["training_state/rng.json"] = (json.dumps(content) + "\n").encode()
+        if histories is not None:
+            files[fp8_state.FILE] = fp8_state.text(histories).encode()
         content = {
             "format": FORMAT,
             "step": step,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..data.loader import Loader
 from ..engine import _core
-from . import rng_state
+from . import fp8_state, rng_state
 from .checkpoints import Checkpoints, layout_of
 from .control import Control, new_engine_group
 from .guards import BadBatches, SpikeDetector
@@ -105,6 +105,9 @@ class Run:
                     )
                 _core.load_optimizer_state(self.trainer._engine, self.checkpoint, peft_format=self.lora, adapter_name="default")
                 _core.set_optimizer_scalars(self.trainer._engine, json.dumps(saved["optimizer"]))
+                history = Path(self.checkpoint) / fp8_state.FILE
+                if history.exists():  # of delayed scaling; a run without it takes no notice
+                    fp8_state.restore(self.models, history.read_text())
             if not self.finetune:
                 self.step, self.tokens, self.position = saved["step"], saved["consumed_tokens"], saved["data"]
                 self.trainer.iteration = self.step

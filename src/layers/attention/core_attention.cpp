@@ -70,12 +70,15 @@ at::Tensor flash_attention(const at::Tensor& q, const at::Tensor& k, const at::T
 }  // namespace
 
 at::Tensor core_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& allowed,
-                          const std::optional<PackedSeqParams>& packed, const CoreAttentionOptions& options,
-                          bool training) {
+                          const std::optional<PackedSeqParams>& packed, const std::shared_ptr<RaggedRows>& rows,
+                          const CoreAttentionOptions& options, bool training) {
   const double dropout = training ? options.dropout : 0;
   const bool half = q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16;
   const bool flash = q.is_cuda() && half && q.size(-1) <= 256 && q.size(-1) % 8 == 0;
   if (packed) {
+    if (rows && dropout == 0) {
+      if (auto out = cudnn_attention(q, k, v, rows, options.window_left); out.defined()) return out;
+    }
     if (flash && q.size(1) == 1) return flash_attention(q, k, v, packed, options.window_left, dropout);
     std::vector<at::Tensor> documents;
     const auto& ends = packed->cu_seqlens_host;
@@ -91,6 +94,9 @@ at::Tensor core_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
     return documents.size() == 1 ? documents[0] : at::cat(documents, 0);
   }
   if (!allowed.defined() && options.window_left >= 0 && options.window_left < q.size(0) - 1) {
+    if (dropout == 0 && cudnn_attention_here(q.device())) {
+      if (auto out = cudnn_attention(q, k, v, {}, options.window_left); out.defined()) return out;
+    }
     if (flash) return flash_attention(q, k, v, packed, options.window_left, dropout);
     return dense_attention(q, k, v, causal_mask(q.size(0), options.window_left, q.device()), dropout);
   }
@@ -108,8 +114,9 @@ at::Tensor attention_by_heads(const at::Tensor& q, const at::Tensor& k, const at
   auto blocks = [&](const at::Tensor& x) { return x.unflatten(2, {cp, x.size(2) / cp}); };
   const auto heads = sequence_to_heads(at::cat({blocks(q), blocks(k), blocks(v)}, 3).flatten(2, 3), plan);
   const auto queries = q.size(2) / cp, keys = k.size(2) / cp;
-  const auto out = core_attention(heads.narrow(2, 0, queries), heads.narrow(2, queries, keys),
-                                  heads.narrow(2, queries + keys, keys), {}, input.packed, options, training);
+  const auto out =
+      core_attention(heads.narrow(2, 0, queries), heads.narrow(2, queries, keys), heads.narrow(2, queries + keys, keys),
+                     {}, input.packed, input.rows, options, training);
   for (const auto& kept : {heads, out}) ActivationOffload::keep(kept);
   return heads_to_sequence(out.unflatten(-1, {queries, q.size(3)}), plan);
 }

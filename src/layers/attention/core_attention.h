@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "layers/attention/context_plan.h"
+#include "layers/attention/cudnn_attention.h"
 #include "layers/footprint.h"
 #include "layers/rope.h"
 #include "mcore_bridge/model.h"
@@ -19,6 +20,7 @@ namespace mcore_bridge {
 struct AttentionInput {
   RopeTable rope;
   std::optional<PackedSeqParams> packed;
+  std::shared_ptr<RaggedRows> rows;  ///< of `packed`, where cuDNN may take them
   /// bool [b, 1, s, s], true = attend; undefined when causality alone decides. The second one is for layers with a
   /// sliding window or chunks.
   at::Tensor allowed, allowed_in_window;
@@ -38,8 +40,8 @@ struct CoreAttentionOptions {
 
 /// Causal attention. q [s, b, n, d], k and v [s, b, groups, d] -> [s, b, n * d]. `allowed` as in AttentionInput.
 at::Tensor core_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& allowed,
-                          const std::optional<PackedSeqParams>& packed, const CoreAttentionOptions& options,
-                          bool training);
+                          const std::optional<PackedSeqParams>& packed, const std::shared_ptr<RaggedRows>& rows,
+                          const CoreAttentionOptions& options, bool training);
 
 /// Every head has one more key of score `sinks` [n] and value 0, under any mask `allowed`. Holds all scores.
 at::Tensor masked_attention_with_sinks(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,

@@ -86,8 +86,8 @@ at::Tensor SelfAttention::core(const at::Tensor& q, const at::Tensor& k, const a
   const auto& allowed = window_ || chunks_ ? input.allowed_in_window : input.allowed;
   if (sinks_.defined() && allowed.defined()) return masked_attention_with_sinks(q, k, v, allowed, sinks_);
   if (input.context) return context_attention(q, k, v, input, window_, core_, training(), sinks_);
-  const auto& documents = chunks_ && input.chunks ? input.chunks : input.packed;
-  return core_attention(q, k, v, allowed, documents, core_, training());
+  if (chunks_ && input.chunks) return core_attention(q, k, v, allowed, input.chunks, nullptr, core_, training());
+  return core_attention(q, k, v, allowed, input.packed, input.rows, core_, training());
 }
 
 at::Tensor SelfAttention::prepared(const at::Tensor& mixed) const {

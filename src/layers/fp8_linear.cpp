@@ -1,0 +1,103 @@
+#include "layers/fp8_linear.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <atomic>
+
+namespace mcore_bridge {
+namespace {
+
+struct Writes {
+  std::atomic<uint64_t> all{0}, trained{0};
+};
+Writes& writes() {
+  static Writes instance;
+  return instance;
+}
+
+}  // namespace
+
+void note_weights_written(bool frozen) { ++(frozen ? writes().all : writes().trained); }
+
+at::Tensor Fp8Linear::reference(const at::Tensor& x, Slot slot, bool split) {
+  const auto amax = at::zeros({1}, x.options().dtype(at::kFloat));
+  fp8_raise_amax(x, amax);
+  if (split) {
+    auto whole = amax;
+    options_.tp.all_reduce_max(whole);
+  }
+  if (options_.recipe == Fp8Recipe::kDelayed && training_) {
+    auto next = options_.history->next(options_.first_slot + slot);
+    at::maximum_out(next, next, amax);
+  }
+  return amax;
+}
+
+Fp8Pair Fp8Linear::quantize(const at::Tensor& x, Slot slot, bool split, Fp8Quantization how) {
+  how.format = slot == kGradient && options_.hybrid ? at::kFloat8_e5m2 : at::kFloat8_e4m3fn;
+  how.scaling = scaling();
+  if (how.scaling == Fp8Scaling::kTensor && !how.reference.defined()) {
+    if (options_.recipe == Fp8Recipe::kDelayed && options_.history->known()) {
+      how.reference = options_.history->reference(options_.first_slot + slot);
+      if (training_) how.amax = options_.history->next(options_.first_slot + slot);
+    } else {
+      how.reference = reference(x, slot, split && options_.tp.size() > 1);
+    }
+  } else if (slot == kWeight) {
+    how.scaling = Fp8Scaling::kBlocks;
+  }
+  return fp8_quantize(x, how);
+}
+
+Fp8Matrix Fp8Linear::weight(const at::Tensor& weight, bool turned) {
+  if (!keep_) {
+    weight_ = {};
+    const auto made = quantize(weight, kWeight, true, {.straight = !turned, .turned = turned});
+    return turned ? made.turned : made.straight;
+  }
+  const auto& counts = writes();
+  const Stamp now{weight.const_data_ptr(), static_cast<uint64_t>(weight._version()),
+                  counts.all + (weight.requires_grad() ? counts.trained.load() : 0)};
+  if (!weight_.straight.defined() || !(now == stamp_)) {
+    weight_ = {};  // its memory first
+    weight_ = quantize(weight, kWeight, true, {.straight = true, .turned = true});
+    stamp_ = now;
+  }
+  return turned ? weight_.turned : weight_.straight;
+}
+
+at::Tensor Fp8Linear::product(const at::Tensor& x, int64_t columns) const {
+  return fp8_product(x.size(0), columns, scaling(), x.options());
+}
+
+at::Tensor Fp8Linear::forward(const at::Tensor& x, const at::Tensor& w, const at::Tensor& addend, at::Tensor* amax) {
+  const at::NoGradGuard no_grad;
+  Fp8Quantization how;
+  if (scaling() == Fp8Scaling::kTensor) {
+    const bool delayed = options_.recipe == Fp8Recipe::kDelayed && options_.history->known();
+    *amax = delayed ? options_.history->reference(options_.first_slot + kInput)
+                    : reference(x, kInput, !options_.column && options_.tp.size() > 1);
+    how.reference = *amax;
+    if (delayed && training_) how.amax = options_.history->next(options_.first_slot + kInput);
+  }
+  const auto quantised = quantize(x, kInput, !options_.column, how);
+  return fp8_matmul(quantised.straight, weight(w, false), x.size(0), x.scalar_type(), addend);
+}
+
+Fp8Pair Fp8Linear::gradient(const at::Tensor& dy, bool straight, bool turned) {
+  const at::NoGradGuard no_grad;
+  return quantize(dy, kGradient, options_.column, {.straight = straight, .turned = turned});
+}
+
+at::Tensor Fp8Linear::input_gradient(const Fp8Matrix& dy, int64_t rows, const at::Tensor& w, const at::Tensor& addend) {
+  const at::NoGradGuard no_grad;
+  return fp8_matmul(dy, weight(w, true), rows, w.scalar_type(), addend);
+}
+
+Fp8Matrix Fp8Linear::turned_input(const at::Tensor& x, const at::Tensor& amax) {
+  const at::NoGradGuard no_grad;
+  return fp8_quantize(x, {.scaling = scaling(), .straight = false, .turned = true, .reference = amax}).turned;
+}
+
+}  // namespace mcore_bridge

@@ -1,0 +1,65 @@
+"""FP8 over several ranks: a tensor that is split has the scale of the whole one, so every layout trains like one rank."""
+
+import pytest
+import tiny
+from launch import run_cases
+
+STEPS = 3
+LAYOUTS = {
+    "tp2": (2, dict(tp=2)),
+    "tp2_sp": (2, dict(tp=2, sp=True)),
+    "pp2": (2, dict(pp=2)),
+    "dp2": (2, dict()),
+    "dp2_sharded": (2, dict()),
+}
+RECIPES = {
+    "delayed": dict(fp8="hybrid", fp8_recipe="delayed", fp8_amax_history_len=4),
+    "tensorwise": dict(fp8="hybrid", fp8_recipe="tensorwise"),
+    "blockwise": dict(fp8="e4m3", fp8_recipe="blockwise"),
+}
+# Blocks of 128 on two tensor ranks.
+SHAPE = dict(hidden_size=256, intermediate_size=256, head_dim=64, num_attention_heads=4, num_key_value_heads=2)
+
+
+def case(name, recipe, layout=(), **more):
+    options = dict(lr=1e-3, lr_decay_style="constant", lr_warmup_iters=0)
+    if name.endswith("sharded"):
+        options |= dict(data_parallel_sharding_strategy="optim_grads_params")
+    return dict(name=name, layout=dict(layout), steps=STEPS, micro_batches=2, fields=RECIPES[recipe], options=options, **more)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    work = tmp_path_factory.mktemp("fp8")
+    tiny.save("qwen3_tied", work / "model", **SHAPE)
+    lora = dict(lora=dict(r=4))
+    single = [case(recipe, recipe) for recipe in RECIPES] + [case("lora", "delayed", **lora)]
+    found = run_cases(work / "model", single, 1, work)
+    several = [case(f"{recipe}-{name}", recipe, layout) for recipe in RECIPES for name, (_, layout) in LAYOUTS.items()]
+    several += [case(f"lora-{name}", "delayed", LAYOUTS[name][1], **lora) for name in ("tp2", "tp2_sp")]
+    found.update(run_cases(work / "model", several, 2, work))
+    return found
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, "lora"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_as_one_rank(results, recipe, layout):
+    if f"{recipe}-{layout}" not in results:
+        pytest.skip("LoRA is tried with tensor parallelism")
+    one, several = results[recipe], results[f"{recipe}-{layout}"]
+    # Sums in another order move a number over the edge between two FP8 numbers here and there: not the 1e-5 of fp32.
+    for ours, theirs in zip(several["losses"], one["losses"], strict=True):
+        assert abs(ours - theirs) < 1e-3, (several["losses"], one["losses"])
+    assert several["alike"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_magnitudes_are_those_of_whole_tensors(results, layout):
+    one, several = results["delayed"]["amax"], results[f"delayed-{layout}"]["amax"]
+    assert several.keys() <= one.keys() and len(several) == (len(one) // 2 if layout == "pp2" else len(one))
+    for name, values in several.items():
+        assert values.shape == (3, 4) and values[:, 3].eq(0).all()
+        # The first step: the same weights exactly, activations and gradients up to the order of sums.
+        assert values[1, 2] == one[name][1, 2], name
+        for slot, bound in ((0, 1e-2), (2, 5e-2)):
+            assert tiny.relative(values[slot, :3], one[name][slot, :3]) < bound, (name, slot)
