@@ -31,6 +31,25 @@ SP = dict(TP, sequence_parallel=True)
 PP = dict(pipeline_model_parallel_size=2)
 CP = dict(context_parallel_size=2)
 FULL = dict(recompute_granularity="full")
+# Experts of equal loads, on every layer.
+MOE = dict(
+    hf_model_type="qwen3_moe",
+    num_moe_experts=8,
+    moe_router_topk=2,
+    moe_ffn_hidden_size=256,
+    moe_router_force_load_balancing=True,
+    expert_tensor_parallel_size=1,
+)
+EP = dict(MOE, expert_model_parallel_size=2)
+ETP = dict(expert_tensor_parallel_size=2)
+SHARED = dict(hf_model_type="qwen2_moe", moe_shared_expert_intermediate_size=256, moe_shared_expert_gate=True)
+BALANCED = dict(
+    moe_router_score_function="sigmoid",
+    moe_router_enable_expert_bias=True,
+    moe_router_load_balancing_type=["aux_loss", "seq_aux_loss", "global_aux_loss"],
+    moe_aux_loss_coeff=[1e-3, 1e-3, 1e-3],
+)
+SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["moe"])
 
 
 def case(processes=1, fields=None, *, lora=None, rows=2, length=256, micro_batches=2, documents=1, **optimizer):
@@ -101,8 +120,45 @@ CASES = {
     "tp2_cp2": case(4, {**SP, **CP}),
     "tp2_dp2_sharded": case(4, {**TP, **BF16}, data_parallel_sharding_strategy="optim_grads_params"),
     "cp2_dp2": case(4, CP),
+    "moe": case(1, MOE),
+    "moe_bf16": case(1, {**MOE, **BF16}),
+    "moe_shared": case(1, {**MOE, **SHARED, **BF16}),
+    "moe_selective": case(1, {**MOE, **SELECTIVE, **BF16}),
+    "moe_recompute": case(1, {**MOE, **FULL}),
+    "moe_lora": case(1, MOE, lora=LORA),
+    "moe_lora_bf16": case(1, {**MOE, **SHARED, **BF16}, lora=LORA),
+    "moe_ep2": case(2, EP),
+    "moe_ep2_bf16": case(2, {**EP, **SHARED, **BF16}),
+    "moe_ep2_balanced": case(2, {**EP, **BALANCED}),
+    "moe_ep2_lora": case(2, EP, lora=LORA),
+    "moe_ep2_recompute": case(2, {**EP, **FULL, **BALANCED}),
+    "moe_ep2_selective": case(2, {**EP, **SELECTIVE}),
+    "moe_ep2_allgather": case(2, dict(EP, moe_token_dispatcher_type="allgather")),
+    "moe_ep2_allgather_recompute": case(2, dict(EP, moe_token_dispatcher_type="allgather", **FULL)),
+    "moe_ep2_capacity": case(2, dict(EP, moe_expert_capacity_factor=1.5)),
+    "moe_ep2_padded": case(2, dict(EP, moe_expert_capacity_factor=1.5, moe_pad_expert_input_to_capacity=True)),
+    "moe_ep2_on_input": case(2, dict(EP, moe_apply_probs_on_input=True)),
+    "moe_ep2_sharded": case(2, {**EP, **BF16}, data_parallel_sharding_strategy="optim_grads_params"),
+    "moe_etp2": case(2, {**MOE, **ETP}),
+    "moe_ep2_tp2_sp": case(2, {**EP, **SP, **BALANCED}),
+    "moe_ep2_tp2_sp_lora": case(2, {**EP, **SP, **SHARED}, lora=LORA),
+    "moe_etp2_tp2_sp": case(2, {**MOE, **SP, **ETP, **SHARED}),
+    "moe_ep2_cp2": case(2, {**EP, **CP, **BALANCED}),
+    "moe_dp2": case(2, {**MOE, **BALANCED}),
+    "moe_pp2": case(2, dict(MOE, moe_layer_freq=[0, 1, 1, 1, 1, 1, 1, 1], **PP), micro_batches=4),
+    "moe_ep2_etp2": case(4, {**EP, **ETP}),
+    "moe_ep2_etp2_lora": case(4, {**EP, **ETP}, lora=LORA),
+    "moe_ep2_etp2_tp2_sp": case(4, {**EP, **ETP, **SP, **BALANCED}),
+    "moe_ep2_pp2": case(4, {**EP, **PP}, micro_batches=4),
+    "moe_ep2_pp2_zb": case(4, dict(EP, pipeline_schedule="zb-h1", **PP), micro_batches=4),
+    "moe_ep2_dp4": case(4, {**EP, **BF16, **BALANCED}),
+    "moe_tp2_dp2_sharded": case(4, {**EP, **SP, **BF16}, data_parallel_sharding_strategy="optim_grads_params"),
+    "moe_allgather_etp2": case(4, dict(EP, moe_token_dispatcher_type="allgather", **ETP)),
 }
-PARALLEL = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+PARALLEL = (
+    *["tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"],
+    *["expert_model_parallel_size", "expert_tensor_parallel_size"],
+)
 
 
 class Meter:
@@ -187,8 +243,9 @@ def measure(values, scale=1):
     """One rank's numbers of one case: the plan's stage, the bytes of the states and of a step, the communication of a step; and
     where there is one stage what autograd keeps of a micro-batch."""
     fields = {**MODEL, **values["fields"]}
-    for name in ("hidden_size", "ffn_hidden_size", "kv_channels"):
-        fields[name] *= scale
+    for name in ("hidden_size", "ffn_hidden_size", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "kv_channels"):
+        if name in fields:
+            fields[name] *= scale
     mb.initialize_model_parallel(**{name: fields[name] for name in PARALLEL if name in fields})
     state = mb.get_parallel_state()
     config = mb.ModelConfig(**fields)

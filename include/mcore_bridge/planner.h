@@ -81,11 +81,12 @@ struct TimeEstimate {
   double compute = 0;    ///< matrix products and element-wise passes of the slowest stage
   double tensor = 0;     ///< tensor- and sequence-parallel collectives
   double context = 0;    ///< context-parallel exchanges
+  double expert = 0;     ///< tokens to their experts and back
   double pipeline = 0;   ///< activations between stages
   double bubble = 0;     ///< idle share of the schedule, as time
   double data = 0;       ///< gradients (and parameters) over data-parallel ranks
   double optimizer = 0;  ///< the update's memory traffic
-  double step() const { return compute + tensor + context + pipeline + bubble + data + optimizer; }
+  double step() const { return compute + tensor + context + expert + pipeline + bubble + data + optimizer; }
 };
 
 struct Plan {

@@ -28,6 +28,21 @@ struct ActivationShape {
   }
 };
 
+/// What layers with experts send. Routers count loads over the tensor-context and the data-parallel groups.
+struct ExpertTraffic {
+  Traffic expert, expert_tensor, tensor_context, data;
+  ExpertTraffic& operator+=(const ExpertTraffic& next) {
+    expert += next.expert;
+    expert_tensor += next.expert_tensor;
+    tensor_context += next.tensor_context;
+    data += next.data;
+    return *this;
+  }
+  ExpertTraffic operator*(int64_t times) const {
+    return {expert * times, expert_tensor * times, tensor_context * times, data * times};
+  }
+};
+
 /// A storage counts once: in the module that saves it first, its own input included unless `input_kept`.
 struct Footprint {
   int64_t saved = 0;      ///< bytes kept from forward to backward
@@ -38,6 +53,7 @@ struct Footprint {
   double recomputed_flops = 0;                ///< the part of backward's that runs forward again
   Traffic tensor_forward, tensor_backward;    ///< over the tensor-parallel group
   Traffic context_forward, context_backward;  ///< over the context-parallel group
+  ExpertTraffic experts_forward, experts_backward;
   bool output_grad = true;                    ///< the output requires gradients
 
   /// One module after the other: everything adds up but the temporaries, which live one after the other.
@@ -53,6 +69,8 @@ struct Footprint {
     tensor_backward += next.tensor_backward;
     context_forward += next.context_forward;
     context_backward += next.context_backward;
+    experts_forward += next.experts_forward;
+    experts_backward += next.experts_backward;
     output_grad = next.output_grad;
     return *this;
   }
@@ -66,6 +84,7 @@ struct Footprint {
     recomputed_flops += forward_flops;
     tensor_backward += tensor_forward;
     context_backward += context_forward;
+    experts_backward += experts_forward;
   }
 };
 

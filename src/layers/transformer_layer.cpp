@@ -67,9 +67,15 @@ Footprint TransformerLayer::footprint(const ActivationShape& shape) const {
   const bool again = recompute_ && result.output_grad;
   auto second = shape;
   second.input_grad = shape.input_grad || result.output_grad;
-  second.input_kept = again && mlp_;  // x + attention is new
-  auto mlp = mlp_ ? mlp_->footprint(second) : moe_norm_->footprint(second);
-  if (moe_) mlp += moe_->footprint(second);
+  second.input_kept = again;  // x + attention is new
+  auto local = second;
+  local.sequence /= sequence_split_;
+  auto mlp = mlp_ ? mlp_->footprint(second) : moe_norm_->footprint(local);
+  if (moe_) {
+    second.input_kept = false;
+    second.input_grad = mlp.output_grad;
+    mlp += moe_->footprint(second);
+  }
   if (again) {
     mlp.recompute(hidden);
     mlp.offloaded = hidden;

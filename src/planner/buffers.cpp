@@ -83,7 +83,7 @@ PlannedBuffers plan_buffers(const std::vector<ManagedParameter>& parameters, con
       optimizer += static_cast<double>(mine * states.of(parameter, buffers.whole(parameter)));
       const auto& traits = parameter.traits;
       const auto row = row_elements(parameter.tensor);
-      if (traits.sum_over_tp) result.partial += mine;
+      if (traits.sum_over_tp) (traits.expert ? result.expert_partial : result.partial) += mine;
       if (traits.tied_embedding) result.tied += mine;
       if (traits.shared_rows > 0) {
         const auto from = traits.shared_first_row * row;

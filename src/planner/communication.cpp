@@ -18,10 +18,22 @@ void add(StepTraffic& traffic, GroupKind kind, const Traffic& more) {
   }
 }
 
+void add(StepTraffic& traffic, const ExpertTraffic& more) {
+  add(traffic, GroupKind::kExpert, more.expert);
+  add(traffic, GroupKind::kExpertTensor, more.expert_tensor);
+  add(traffic, GroupKind::kTensorContext, more.tensor_context);
+  add(traffic, GroupKind::kData, more.data);
+}
+
 /// What complete_gradients adds up once a step.
-void add_partial_gradients(StepTraffic& traffic, const PlannedBuffers& buffers, int tp) {
+void add_partial_gradients(StepTraffic& traffic, const PlannedBuffers& buffers, const ParallelSizes& sizes) {
   const auto bytes = buffers.grad_element;
+  const auto tp = sizes.tensor;
   if (buffers.partial > 0) add(traffic, GroupKind::kTensor, Traffic::all_reduce(bytes * buffers.partial, tp));
+  if (buffers.expert_partial > 0) {
+    add(traffic, GroupKind::kExpertTensor,
+        Traffic::all_reduce(bytes * buffers.expert_partial, sizes.expert_tensor));
+  }
   for (const auto& [copies, elements] : buffers.shared)
     add(traffic, GroupKind::kTensor, Traffic::all_reduce(bytes * elements * (tp / copies), tp));
   if (buffers.tied > 0) add(traffic, GroupKind::kEmbedding, Traffic::all_reduce(bytes * buffers.tied, 2));
@@ -76,6 +88,8 @@ StepTraffic step_traffic(const PlannedStage& stage, const PlanRequest& request, 
       add(traffic, GroupKind::kTensor, (footprint.tensor_backward * micro_batches));
       add(traffic, GroupKind::kContext, (footprint.context_forward * micro_batches));
       add(traffic, GroupKind::kContext, (footprint.context_backward * micro_batches));
+      add(traffic, footprint.experts_forward * micro_batches);
+      add(traffic, footprint.experts_backward * micro_batches);
     }
     if (sizes.pipeline > 1) {
       // Activations one way, their gradients the other.
@@ -85,7 +99,12 @@ StepTraffic step_traffic(const PlannedStage& stage, const PlanRequest& request, 
         add(traffic, GroupKind::kPipeline, Traffic::exchange(stage.boundary) * micro_batches);
     }
   }
-  add_partial_gradients(traffic, stage.buffers, sizes.tensor);
+  add_partial_gradients(traffic, stage.buffers, sizes);
+  // Loads of the routers whose expert biases move.
+  if (stage.summed_loads > 0) {
+    add(traffic, GroupKind::kTensorContext, Traffic::all_reduce(8 * stage.summed_loads, sizes.tensor * sizes.context));
+    add(traffic, GroupKind::kData, Traffic::all_reduce(8 * stage.summed_loads, sizes.data));
+  }
   add_buckets(traffic, stage, request.config, micro_batches);
   // Agreement on the batch (an int64 a check, three counts) and the step's loss and norm (two doubles).
   const auto world = topology.world_size();

@@ -111,6 +111,7 @@ std::vector<std::pair<std::string, std::string>> explain(const Plan& plan, const
   };
   transfer("tensor parallel", plan.time.tensor, sizes.tensor);
   transfer("context parallel", plan.time.context, sizes.tensor * sizes.context);
+  transfer("expert parallel", plan.time.expert, sizes.expert_tensor * sizes.expert);
   transfer("pipeline messages", plan.time.pipeline, sizes.tensor * sizes.context * sizes.data + 1);
   if (sizes.pipeline > 1) {
     line("bubble", "the schedule played with " + std::to_string(sizes.pipeline) + " stages and " +

@@ -56,6 +56,7 @@ Json to_json(const Plan& plan) {
            {{"compute", t.compute},
             {"tensor", t.tensor},
             {"context", t.context},
+            {"expert", t.expert},
             {"pipeline", t.pipeline},
             {"bubble", t.bubble},
             {"data", t.data},

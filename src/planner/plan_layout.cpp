@@ -23,7 +23,8 @@ std::string role_of(const ModelConfig& config, const std::vector<ChunkLayout>& c
     const auto& [layers, embedding, loss] = chunks[chunk];
     role += std::string("/") + (embedding ? "E" : "");
     for (auto layer = layers.first; layer < layers.first + layers.count; ++layer)
-      role += static_cast<char>('0' + (config.has_window(layer) ? 1 : 0) + (config.has_rope(layer) ? 2 : 0));
+      role += static_cast<char>('0' + (config.has_window(layer) ? 1 : 0) + (config.has_rope(layer) ? 2 : 0) +
+                                (config.is_moe_layer(layer) ? 4 : 0));
     role += loss ? "L" : "";
   }
   return role;

@@ -27,8 +27,10 @@ std::vector<Plan> search_layouts(const PlanRequest& request, const Fixed& fixed,
   const auto asked = layout_of(request.config, request.run);
   auto run = request.run;
   run.global_batch_size = run.sequence_length = 0;  // checked below, once per micro-batch size
+  auto config = request.config;
+  if (config.is_moe() && !fixed.sequence_parallel) config.sequence_parallel = true;  // what TP needs there
   std::vector<Plan> plans;
-  for (const auto& layout : possible_layouts(request.config, run)) {
+  for (const auto& layout : possible_layouts(config, run)) {
     if ((fixed.tensor && layout.tensor != asked.tensor) || (fixed.pipeline && layout.pipeline != asked.pipeline) ||
         (fixed.virtual_pipeline && layout.virtual_pipeline != asked.virtual_pipeline) ||
         (fixed.context && layout.context != asked.context) || (fixed.expert && layout.expert != asked.expert))

@@ -54,6 +54,7 @@ PlannedStage plan_stage(const PlanRequest& request, const Topology& topology, in
     auto parameters = managed_parameters(chunk);
     for (auto& parameter : parameters) parameter.chunk = vp_stage;
     all.insert(all.end(), parameters.begin(), parameters.end());
+    for (const auto* router : chunk[0]->routers()) result.summed_loads += router->summed_loads();
     result.chunks.push_back({chunk[0]->place(), std::move(parameters), chunk[0]->segments(shape)});
   }
   result.buffers = plan_buffers(all, *parallel, request.optimizer);

@@ -56,20 +56,28 @@ TimeEstimate estimate_time(const PlanRequest& request, const Topology& topology,
     };
     time.tensor = std::max(time.tensor, seconds(GroupKind::kTensor, tp_span));
     time.context = std::max(time.context, seconds(GroupKind::kContext, cp_span));
-    time.data = std::max(
-        time.data, seconds(GroupKind::kDataContext, dp_span) + seconds(GroupKind::kEmbedding, topology.world_size()));
+    const int64_t etp_span = sizes.expert_tensor, ep_span = etp_span * sizes.expert;
+    time.expert = std::max(time.expert, seconds(GroupKind::kExpert, ep_span) +
+                                            seconds(GroupKind::kExpertTensor, etp_span) +
+                                            seconds(GroupKind::kTensorContext, cp_span));
+    time.data = std::max(time.data, seconds(GroupKind::kDataContext, dp_span) +
+                                        seconds(GroupKind::kExpertData, dp_span) +
+                                        seconds(GroupKind::kEmbedding, topology.world_size()));
     boundary = std::max(boundary, static_cast<double>(stages[i]->boundary));
     // fp32 gradient, master and moments are read, the latter three written, the parameter written; the gradient is
     // zeroed and read for the norm.
-    const auto share = stages[i]->buffers.sharding == Sharding::kNone ? 1 : sizes.data * sizes.context;
-    const auto element = static_cast<double>(c10::elementSize(request.config.params_dtype));
-    const auto moved = static_cast<double>(estimates[i].trainable) * ((28 + element) / share + 8);
+    double moved = 0;
+    for (const auto& bucket : stages[i]->buffers.buckets) {
+      if (!bucket.trainable) continue;
+      const double share = stages[i]->buffers.sharding == Sharding::kNone ? 1 : static_cast<double>(bucket.ranks);
+      moved += static_cast<double>(bucket.elements) * ((28 + static_cast<double>(bucket.element)) / share + 8);
+    }
     time.optimizer = std::max(time.optimizer, moved / (hardware.memory_bandwidth * hardware.bandwidth_efficiency));
   }
   time.compute = m * (slowest.forward + slowest.backward);
   if (sizes.pipeline > 1) {
     // The idle part stretches with everything a micro-batch does on a stage.
-    const double busy = time.compute + time.tensor + time.context;
+    const double busy = time.compute + time.tensor + time.context + time.expert;
     const double idle = schedule.idle / m;
     time.bubble = busy * idle;
     bubble_fraction = idle / (1 + idle);

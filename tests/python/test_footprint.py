@@ -25,6 +25,24 @@ BASE = dict(
     hf_model_type="llama",
 )
 LORA = dict(r=4)
+BF16 = dict(params_dtype="bfloat16")
+# Experts of equal loads. The first layer has none where `moe_layer_freq` says so.
+MOE = dict(
+    hf_model_type="qwen3_moe",
+    num_moe_experts=8,
+    moe_router_topk=2,
+    moe_ffn_hidden_size=48,
+    moe_router_force_load_balancing=True,
+)
+SHARED = dict(MOE, hf_model_type="qwen2_moe", moe_shared_expert_intermediate_size=40)
+GATED = dict(SHARED, moe_shared_expert_gate=True)
+SIGMOID = dict(
+    MOE,
+    moe_router_score_function="sigmoid",
+    moe_router_enable_expert_bias=True,
+    moe_router_topk_scaling_factor=2.5,
+    moe_layer_freq=[0, 1, 1],
+)
 CASES = {
     "fp32": ({}, None),
     "bf16": (dict(params_dtype="bfloat16"), None),
@@ -67,6 +85,42 @@ CASES = {
     "lora_mlp": ({}, dict(r=4, target_modules=["linear_fc1"])),
     "lora_saves_embedding": ({}, dict(r=4, modules_to_save=["embed_tokens", "lm_head"])),
     "lora_recompute": (dict(recompute_granularity="full"), LORA),
+    "moe": (MOE, None),
+    "moe_bf16": ({**MOE, **BF16}, None),
+    "moe_qk_norm": (dict(MOE, qk_layernorm=True), None),
+    "moe_pre_softmax": (dict(MOE, moe_router_pre_softmax=True, moe_router_dtype=None, **BF16), None),
+    "moe_fp64": (dict(MOE, moe_router_dtype="fp64"), None),
+    "moe_sigmoid": ({**SIGMOID, **BF16}, None),
+    "moe_norm_min": (dict(MOE, moe_router_norm_min=1e-3), None),
+    "moe_losses": (
+        dict(
+            SIGMOID,
+            moe_router_load_balancing_type=["aux_loss", "seq_aux_loss", "global_aux_loss"],
+            moe_aux_loss_coeff=[1e-2, 1e-2, 1e-2],
+            moe_z_loss_coeff=1e-3,
+        ),
+        None,
+    ),
+    "moe_sinkhorn": (dict(MOE, moe_router_load_balancing_type=["sinkhorn"]), None),
+    "moe_capacity": (dict(MOE, moe_expert_capacity_factor=1.5), None),
+    "moe_padded": (dict(MOE, moe_expert_capacity_factor=1.5, moe_pad_expert_input_to_capacity=True), None),
+    "moe_on_input": (dict(MOE, moe_apply_probs_on_input=True), None),
+    "moe_on_input_bf16": (dict(MOE, moe_apply_probs_on_input=True, **BF16), None),
+    "moe_allgather": (dict(MOE, moe_token_dispatcher_type="allgather"), None),
+    "moe_shared": (SHARED, None),
+    "moe_shared_gate": ({**GATED, **BF16}, None),
+    "moe_biases": (dict(MOE, hf_model_type="gpt_oss", add_bias_linear=True), None),
+    "moe_sinks": (dict(MOE, hf_model_type="gpt_oss", softmax_type="learnable", **BF16), None),
+    "moe_whole_norm": (dict(MOE, hf_model_type="olmoe", qk_layernorm=True, qk_layernorm_whole=True, **BF16), None),
+    "moe_clip": (dict(MOE, hf_model_type="olmoe", qk_layernorm=True, qk_layernorm_whole=True, clip_qkv=1.0), None),
+    "moe_selective": (dict(MOE, recompute_granularity="selective", recompute_modules=["moe"]), None),
+    "moe_recompute": (dict(MOE, recompute_granularity="full"), None),
+    "moe_lora": (MOE, LORA),
+    "moe_lora_bf16": ({**GATED, **BF16}, LORA),
+    "moe_lora_dropout": (MOE, dict(r=4, lora_dropout=0.1)),
+    "moe_lora_attention": ({**GATED, **BF16}, dict(r=4, target_modules=["q_proj", "v_proj"])),
+    "moe_lora_experts": (MOE, dict(r=4, target_modules=["up_proj", "down_proj"])),
+    "moe_lora_selective": (dict(GATED, recompute_granularity="selective", recompute_modules=["moe"]), LORA),
 }
 
 
@@ -91,7 +145,7 @@ def build(fields, lora=None):
 def test_saved_bytes(name):
     model = build(*CASES[name])
     kept, offloaded = kept_bytes(model, batch())
-    if name in ("recompute", "recompute_units", "lora_recompute"):
+    if name in ("recompute", "recompute_units", "lora_recompute", "moe_recompute"):
         # cos and sin, which recomputed layers hold without autograd's knowledge.
         kept += 2 * BATCH * LENGTH * BASE["kv_channels"] // 2 * 4
     segments = _core.segments(model.engine, BATCH, LENGTH, training_loss=False)

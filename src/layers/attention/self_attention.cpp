@@ -158,11 +158,21 @@ Footprint SelfAttention::footprint(const ActivationShape& shape) const {
     result.saved += fused;
     result.offloaded += fused;
   }
-  if (inner.input_grad && whole_norm_) result.saved += fused;  // the row in front of the norm
+  if (inner.input_grad && l2_norm_.defined()) result.saved += l2_norm_.numel() * shape.element;
+  if (whole_norm_) {
+    const auto squares = Traffic::all_reduce(2 * 4 * shape.tokens(), parallel_->tp.size());
+    result.tensor_forward += squares;
+    if (inner.input_grad) {
+      result.saved += fused + 2 * 4 * shape.tokens();  // the row in front of the norm, its two scales
+      result.tensor_backward += squares;
+    }
+  }
   if (inner.input_grad && clip_) result.saved += fused;
   if (inner.input_grad && (whole_norm_ || clip_)) result.offloaded += fused;  // the projection itself
-  auto core = shape.context > 1 ? context_attention_footprint(local_, kept, core_, transport_, inner)
-                                : core_attention_footprint(local_, kept, core_, inner);
+  // Layers with sinks work by tiles, alone as well.
+  const auto transport = shape.context > 1 ? transport_ : Transport::kAllGather;
+  auto core = shape.context > 1 || sinks_.defined() ? context_attention_footprint(local_, kept, core_, transport, inner)
+                                                    : core_attention_footprint(local_, kept, core_, inner);
   if (again && inner.input_grad) {
     const auto head = shape.tokens() * local_.head_dim * shape.element, out = head * local_.heads;
     core.recompute((kept.q_kept ? 0 : out) + head * local_.groups * ((kept.k_kept ? 0 : 1) + (kept.v_kept ? 0 : 1)));

@@ -85,6 +85,62 @@ at::Tensor Dispatcher::combine(const at::Tensor& y, const Dispatched& d) const {
   return reduce_scatter_sequence(tokens, parallel_->etp).narrow(0, 0, d.own_tokens);
 }
 
+DispatchFootprint Dispatcher::footprint(const DispatchLoad& load) const {
+  constexpr int64_t kIndex = 8;
+  const int64_t ep = parallel_->ep.size(), etp = parallel_->etp.size(), row = load.hidden * load.element;
+  const bool gathers = options_.kind == Kind::kAllGather, exchanges = !gathers && ep > 1;
+  const bool on_input = options_.weights_on_input;
+  const auto capacity = options_.pad_to_capacity && !gathers ? std::min(load.capacity, load.tokens) * etp : 0;
+  const auto shared = load.tokens * etp;
+  DispatchFootprint result;
+  result.tokens = shared * (gathers ? ep : 1);
+  result.places = result.tokens * load.topk;
+  result.permuted = capacity > 0 ? options_.experts * capacity : result.places;
+  result.rows = exchanges && capacity == 0 ? load.kept * etp : result.permuted;
+  result.computed = capacity > 0 ? result.rows : load.kept * etp;
+  result.rows_grad = load.input_grad || (on_input && load.weights_grad);
+  result.output_grad = result.rows_grad || load.experts_grad || load.weights_grad;
+  const bool experts_out = result.rows_grad || load.experts_grad;  // what the experts make requires gradients
+
+  auto& cost = result.cost;
+  auto& saved = cost.saved;
+  const auto order = kIndex * (result.permuted + (capacity > 0 ? 1 : 0)), inverse = kIndex * result.places;
+  if (on_input) {
+    if (load.weights_grad) saved += result.permuted * row;
+    if (load.input_grad) saved += result.permuted * load.element + inverse;
+    if (result.output_grad) saved += order;
+  } else if (result.output_grad) {
+    saved += result.permuted * row + result.places * load.weight_element + order + inverse;
+  }
+  if (exchanges) saved += kIndex * result.rows * ((result.rows_grad ? 1 : 0) + (experts_out ? 1 : 0));
+
+  // Tokens, which experts, with which weights; backward the gradients of the first and the last.
+  auto gather = [&](Traffic& forward, Traffic& backward, int64_t tokens, int64_t ranks) {
+    const auto weights = tokens * load.topk * load.weight_element;
+    forward += Traffic::all_gather(tokens * row, ranks);
+    forward += Traffic::all_gather(weights, ranks);
+    forward += Traffic::all_gather(tokens * load.topk * kIndex, ranks);
+    forward += Traffic::reduce_scatter(tokens * row, ranks);
+    if (load.input_grad) backward += Traffic::reduce_scatter(tokens * row, ranks);
+    if (load.weights_grad) backward += Traffic::reduce_scatter(weights, ranks);
+    if (result.output_grad) backward += Traffic::all_gather(tokens * row, ranks);
+  };
+  if (!same_tokens_) cost.experts_forward.expert_tensor += Traffic::all_reduce(2 * 8, etp);
+  gather(cost.experts_forward.expert_tensor, cost.experts_backward.expert_tensor, shared, etp);
+  auto &forward = cost.experts_forward.expert, &backward = cost.experts_backward.expert;
+  if (gathers) {
+    forward += Traffic::all_reduce(8, ep);
+    gather(forward, backward, result.tokens, ep);
+  } else {
+    forward += capacity > 0 ? Traffic::all_gather(8 * ep, ep) : Traffic::all_to_all(8 * options_.experts, ep);
+    const auto rows = Traffic::all_to_all(result.rows * row, ep);
+    forward += rows * 2;
+    if (result.rows_grad) backward += rows;
+    if (experts_out) backward += rows;
+  }
+  return result;
+}
+
 at::Tensor Dispatcher::permuted(const at::Tensor& x_th, const Dispatched& d) const {
   const auto rows = permute_tokens(x_th, d.permutation);
   if (!options_.weights_on_input) return rows;

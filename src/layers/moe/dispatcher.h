@@ -28,6 +28,27 @@ struct Dispatched {
   int64_t shared_tokens = 0;            ///< of its expert-tensor-parallel group, before padding for an all-gather
 };
 
+/// What a rank dispatches, on paper.
+struct DispatchLoad {
+  int64_t tokens = 0, hidden = 0, topk = 1;
+  int64_t element = 4, weight_element = 4;  ///< bytes of an activation and of a routing weight
+  int64_t capacity = 0;                     ///< Router::Output::capacity
+  int64_t kept = 0;                         ///< places that are not dropped
+  bool input_grad = true, weights_grad = true;
+  bool experts_grad = true;  ///< the experts learn
+};
+
+/// Of an even load: every rank's experts take as many rows as its tokens have places.
+struct DispatchFootprint {
+  Footprint cost;
+  int64_t tokens = 0;    ///< that the permutation sees: those of all ranks that share or gather them
+  int64_t places = 0;    ///< of these tokens
+  int64_t permuted = 0;  ///< rows of the permutation
+  int64_t rows = 0;      ///< inputs of this rank's experts, and ...
+  int64_t computed = 0;  ///< ... how many of them a product is made with
+  bool output_grad = true, rows_grad = true;
+};
+
 class Dispatcher {
  public:
   enum class Kind { kAllToAll, kAllGather };
@@ -39,12 +60,13 @@ class Dispatcher {
   };
   Dispatcher(ParallelStatePtr parallel, Options options);
 
-  int expert_tensor_ranks() const { return parallel_->etp.size(); }
   /// Collective over the expert-tensor-parallel and the expert-parallel ranks, any of which may have no token.
   /// `meanwhile` (may be empty) runs once, while tokens are under way if they travel.
   Dispatched dispatch(const at::Tensor& x_th, Router::Output routed, const std::function<void()>& meanwhile) const;
   /// y: the experts' outputs, like Dispatched::rows -> [t, h].
   at::Tensor combine(const at::Tensor& y, const Dispatched& dispatched) const;
+  /// Of both, without temporaries.
+  DispatchFootprint footprint(const DispatchLoad& load) const;
 
  private:
   void all_to_all(Dispatched& d, const at::Tensor& x, int64_t capacity, const std::function<void()>& meanwhile) const;

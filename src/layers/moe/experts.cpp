@@ -92,6 +92,45 @@ void GroupedParallelLinear::add_adapter(const std::string& name, std::vector<boo
       .dropout = dropout};
 }
 
+Footprint GroupedParallelLinear::footprint(int64_t rows, int64_t computed, const ActivationShape& shape) const {
+  const auto e = shape.element, in = options_.in, out = options_.out;
+  const bool weight_grad = weight_.requires_grad();
+  Footprint result{.output_grad = shape.input_grad || weight_grad || (bias_.defined() && bias_.requires_grad())};
+  auto product = [&](const at::Tensor& matrices, bool matrix_grad, bool rows_grad) {
+    const auto flops = 2.0 * static_cast<double>(computed * matrices.size(1)) * static_cast<double>(matrices.size(2));
+    result.forward_flops += flops;
+    result.backward_flops += flops * ((matrix_grad ? 1 : 0) + (rows_grad ? 1 : 0));
+  };
+  product(weight_, weight_grad, shape.input_grad);
+  if (weight_grad) result.deferred += rows * (in + out) * e;
+  int64_t saved = 0;
+  bool reads_rows = weight_grad;
+  for (const auto& [name, adapter] : adapters_) {
+    const bool a_grad = adapter.a.requires_grad(), b_grad = adapter.b.requires_grad();
+    const auto low = rows * adapter.a.size(1) * e;
+    product(adapter.a, a_grad, shape.input_grad);
+    const auto flops = 2.0 * static_cast<double>(computed * adapter.b.size(1)) * static_cast<double>(adapter.r);
+    result.forward_flops += flops;
+    result.backward_flops += flops * ((b_grad ? 1 : 0) + (a_grad || shape.input_grad ? 1 : 0));
+    if (b_grad) saved += low;
+    if (adapter.dropout > 0) {
+      if (shape.input_grad) saved += rows * in * (shape.fused ? 1 : e);  // mask
+      if (a_grad) saved += rows * in * e;                                // what it left
+    } else {
+      reads_rows = reads_rows || a_grad;
+    }
+    if (a_grad) result.deferred += low + (weight_grad ? 0 : rows * in * e);
+    if (b_grad) result.deferred += low + (weight_grad ? 0 : rows * out * e);
+    result.output_grad = result.output_grad || a_grad || b_grad;
+  }
+  if (reads_rows && !shape.input_kept) saved += rows * in * e;
+  // Not the rank that adds the bias: it holds zeros instead.
+  if (bias_.defined() && !options_.column && parallel_->etp.rank() > 0) saved += bias_.numel() * e;
+  if (result.output_grad) result.saved = saved;
+  result.workspace = rows * (in + out) * e + (weight_grad ? weight_.numel() * e : 0);
+  return result;
+}
+
 at::Tensor GroupedParallelLinear::merged_weight(const std::string& name) const {
   at::NoGradGuard no_grad;
   auto merged = weight_.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
@@ -130,6 +169,33 @@ at::Tensor Experts::forward(const at::Tensor& rows, const ExpertRows& groups) co
   const auto activated = gated_activation(gate_up, gate_);
   for (const auto& kept : {rows, gate_up, activated}) ActivationOffload::keep(kept);
   return fc2_->forward(activated, groups);
+}
+
+bool Experts::learns() const {
+  const auto parameters = named_parameters();
+  return std::any_of(parameters.begin(), parameters.end(),
+                     [](const NamedParameter& parameter) { return parameter.tensor.requires_grad(); });
+}
+
+Footprint Experts::footprint(int64_t rows, int64_t computed, int64_t freed, const ActivationShape& shape) const {
+  const auto wide = rows * fc2_->weight().size(2) * shape.element;
+  auto first = fc1_->footprint(rows, computed, shape);
+  auto inner = shape;
+  inner.input_grad = first.output_grad;
+  auto second = fc2_->footprint(rows, computed, inner);
+  if (!second.output_grad) return {.output_grad = false};
+  // Backward frees what it has used: fc2's rows, then what the activation read, then fc1's rows.
+  const auto gate_up = first.output_grad ? 2 * wide : 0;
+  freed += second.saved;
+  const auto activation = 3 * wide;
+  second.workspace -= freed - second.saved;
+  first.workspace = std::max(activation - freed, first.workspace - freed - gate_up);
+  auto result = first;
+  result.saved += gate_up + fc1_->weight().size(0) * 4;  // the ends of the groups
+  const auto workspace = std::max(first.workspace, second.workspace);
+  result += second;
+  result.workspace = workspace;
+  return result;
 }
 
 }  // namespace mcore_bridge

@@ -39,6 +39,8 @@ class GroupedParallelLinear : public Module {
   /// Row-parallel: a partial sum; the bias is added by one rank of the group only.
   at::Tensor forward(const at::Tensor& rows, const ExpertRows& groups) const;
   const at::Tensor& weight() const { return weight_; }
+  /// Of `rows` rows, `computed` of which belong to an expert; without the ends of the groups.
+  Footprint footprint(int64_t rows, int64_t computed, const ActivationShape& shape) const;
 
   const std::map<std::string, GroupedLoraAdapter>& adapters() const { return adapters_; }
   /// A zeroed-B adapter on the parts marked; A is left for the caller to fill.
@@ -62,7 +64,10 @@ class Experts : public Module {
   std::vector<Child> children() const override { return {{"linear_fc1", fc1_.get()}, {"linear_fc2", fc2_.get()}}; }
   /// rows [n, h] sorted by expert -> [n, h], partial over the expert-tensor-parallel ranks.
   at::Tensor forward(const at::Tensor& rows, const ExpertRows& groups) const;
-  bool trained_matrices() const { return fc1_->weight().requires_grad() || fc2_->weight().requires_grad(); }
+  /// Any of their parameters does.
+  bool learns() const;
+  /// As GroupedParallelLinear's; its workspace is beside all that a whole MoELayer keeps but `freed` bytes.
+  Footprint footprint(int64_t rows, int64_t computed, int64_t freed, const ActivationShape& shape) const;
 
  private:
   GatedOptions gate_;

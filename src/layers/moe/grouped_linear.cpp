@@ -106,7 +106,8 @@ struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& weight,
                             const std::optional<at::Tensor>& bias, const at::Tensor& ends, std::vector<int64_t> host,
                             bool tail) {
-    context->save_for_backward({x, weight, ends, bias.value_or(at::Tensor())});
+    // Frozen matrices need no rows.
+    context->save_for_backward({weight.requires_grad() ? x : at::Tensor(), weight, ends, bias.value_or(at::Tensor())});
     context->saved_data["host"] = host;
     context->saved_data["tail"] = tail;
     if (auto main = main_gradient(weight))

@@ -2,11 +2,14 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
+
 namespace mcore_bridge {
 
 SharedExperts::SharedExperts(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions tensor_options)
     : mlp_(config, parallel, tensor_options, {.width = config.shared_expert_size(), .norm = false}),
-      sum_over_tp_(config.sequence_parallel && parallel->tp.size() > 1) {
+      sum_over_tp_(config.sequence_parallel && parallel->tp.size() > 1),
+      sequence_split_(config.sequence_parallel ? parallel->tp.size() : 1) {
   if (config.moe_shared_expert_gate)
     gate_weight_ = at::empty({1, config.hidden_size}, tensor_options).requires_grad_(true);
 }
@@ -21,10 +24,29 @@ at::Tensor SharedExperts::forward(const at::Tensor& x_sbh) {
   return gate_weight_.defined() ? y * at::linear(x_sbh, gate_weight_).sigmoid() : y;
 }
 
+Footprint SharedExperts::footprint(const ActivationShape& shape) const {
+  auto inner = shape;
+  if (!gate_weight_.defined()) return mlp_.footprint(inner);
+  const auto tokens = shape.tokens() / sequence_split_, hidden = gate_weight_.size(1);
+  const bool learns = gate_weight_.requires_grad(), gate_grad = learns || shape.input_grad;
+  int64_t saved = learns && !shape.input_kept ? tokens * hidden * shape.element : 0;
+  inner.input_kept = shape.input_kept || learns;
+  auto result = mlp_.footprint(inner);
+  if (gate_grad || result.output_grad) saved += tokens * shape.element;  // the gate
+  if (gate_grad) saved += tokens * hidden * shape.element;               // what it scales
+  const auto flops = 2.0 * static_cast<double>(tokens * hidden);
+  result.forward_flops += flops;
+  result.backward_flops += flops * ((learns ? 1 : 0) + (shape.input_grad ? 1 : 0));
+  result.saved += saved;
+  result.output_grad = result.output_grad || gate_grad;
+  return result;
+}
+
 MoELayer::MoELayer(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions tensor_options)
     : topk_(config.moe_router_topk),
       hidden_size_(config.hidden_size),
-      expert_width_(config.moe_ffn_size() / parallel->etp.size()),
+      experts_count_(*config.num_moe_experts),
+      spread_(parallel->tp_cp.size()),
       sequence_split_(config.sequence_parallel ? parallel->tp.size() : 1),
       router_(config, parallel, tensor_options),
       dispatcher_(parallel, {.experts = *config.num_moe_experts,
@@ -56,22 +78,44 @@ at::Tensor MoELayer::forward(const at::Tensor& x_sbh, double loss_share) {
 }
 
 Footprint MoELayer::footprint(const ActivationShape& shape) const {
-  Footprint result;
-  const auto etp = expert_width_ > 0 ? dispatcher_.expert_tensor_ranks() : 1;
-  const auto rows = shape.tokens() / sequence_split_ * topk_ * etp;
-  const auto hidden = rows * hidden_size_ * shape.element, wide = rows * expert_width_ * shape.element;
-  // Dispatched rows, both halves of the first product, the activation, the second product's rows.
-  result.saved = hidden + 2 * wide + wide + hidden;
-  result.workspace = hidden + 2 * wide;
-  const auto trained = experts_.trained_matrices();
-  result.forward_flops = 6.0 * static_cast<double>(rows) * static_cast<double>(hidden_size_ * expert_width_);
-  result.backward_flops = result.forward_flops * (trained ? 2 : 1);
+  auto local = shape;  // of the tokens this rank routes
+  local.sequence /= sequence_split_;
+  const auto tokens = local.tokens(), row = hidden_size_ * shape.element;
+  auto result = router_.footprint(local);
+  DispatchLoad load{.tokens = tokens,
+                    .hidden = hidden_size_,
+                    .topk = topk_,
+                    .element = shape.element,
+                    .weight_element = router_.score_element(),
+                    .capacity = router_.capacity(tokens),
+                    .kept = tokens * topk_,
+                    .input_grad = shape.input_grad,
+                    .weights_grad = result.output_grad,
+                    .experts_grad = experts_.learns()};
+  if (load.capacity > 0) load.kept = std::min(load.kept, load.capacity * experts_count_ / spread_);
+  const auto dispatch = dispatcher_.footprint(load);
+  auto inner = shape;
+  inner.input_grad = dispatch.rows_grad;
+  inner.input_kept = false;
+  // Backward frees the rows that were weighted before it comes to the experts.
+  const auto weighted = dispatch.cost.saved > dispatch.permuted * row ? dispatch.permuted * row : 0;
+  const auto experts = experts_.footprint(dispatch.rows, dispatch.computed, weighted, inner);
+  result += dispatch.cost;
+  result += experts;
+  // The gradients of all tokens and of their places; as many again where places travel. Then those of the experts, and
+  // the input's.
+  const auto combined = dispatch.tokens * row + dispatch.permuted * row,
+             travelled = 2 * dispatch.permuted * row - weighted;
+  result.workspace = std::max({combined, travelled, experts.workspace, router_.footprint(local).workspace - experts.saved});
+  result.workspace += 2 * tokens * row;
+  result.output_grad = dispatch.output_grad || experts.output_grad;
   if (shared_) {
-    auto inner = shape;
-    inner.input_kept = true;
+    inner = shape;
+    inner.input_kept = shape.input_kept || router_.trains();
+    const bool grad = result.output_grad;
     result += shared_->footprint(inner);
+    result.output_grad = result.output_grad || grad;
   }
-  result.output_grad = true;
   return result;
 }
 

@@ -19,11 +19,13 @@ class SharedExperts : public Module {
   std::vector<Child> children() const override { return mlp_.children(); }
   std::vector<NamedParameter> own_parameters() const override;
   at::Tensor forward(const at::Tensor& x_sbh);
+  Footprint footprint(const ActivationShape& shape) const override;
 
  private:
   MLP mlp_;
   at::Tensor gate_weight_;
   bool sum_over_tp_;
+  int64_t sequence_split_;
 };
 
 class MoELayer : public Module {
@@ -38,7 +40,7 @@ class MoELayer : public Module {
   Router& router() { return router_; }
 
  private:
-  int64_t topk_, hidden_size_, expert_width_, sequence_split_;
+  int64_t topk_, hidden_size_, experts_count_, spread_, sequence_split_;
   Router router_;
   Dispatcher dispatcher_;
   Experts experts_;

@@ -1,6 +1,7 @@
 #include "layers/moe/router.h"
 
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/function.h>
 
 #include <algorithm>
@@ -18,6 +19,28 @@ c10::ScalarType compute_dtype(const ModelConfig& config) {
   const auto name = config.moe_router_dtype.value_or("none");
   return name == "fp64" ? at::kDouble : name == "fp32" ? at::kFloat : config.params_dtype;
 }
+
+/// x W^T + b in `type`. Keeps x as it came and converts it again: a copy in fp32 would be twice as large.
+struct Logits : torch::autograd::Function<Logits> {
+  using Context = torch::autograd::AutogradContext;
+  static at::Tensor forward(Context* context, const at::Tensor& x, const at::Tensor& weight,
+                            const std::optional<at::Tensor>& bias, at::ScalarType type) {
+    context->save_for_backward({weight.requires_grad() ? x : at::Tensor(), weight});
+    context->saved_data["bias"] = bias.has_value();
+    return at::linear(x.to(type), weight.to(type), bias ? std::optional(bias->to(type)) : std::nullopt);
+  }
+  static torch::autograd::variable_list backward(Context* context, torch::autograd::variable_list grads) {
+    const auto saved = context->get_saved_variables();
+    const auto& grad = grads[0];
+    const auto &x = saved[0], &weight = saved[1];
+    torch::autograd::variable_list result(4);
+    if (context->needs_input_grad(0)) result[0] = grad.mm(weight.to(grad.scalar_type())).to(weight.scalar_type());
+    if (context->needs_input_grad(1)) result[1] = grad.t().mm(x.to(grad.scalar_type())).to(weight.scalar_type());
+    if (context->saved_data["bias"].toBool() && context->needs_input_grad(2))
+      result[2] = grad.sum(0).to(weight.scalar_type());
+    return result;
+  }
+};
 
 at::Tensor own_rows(const at::Tensor& all, const Group& group) {
   const auto count = all.size(0) / group.size();
@@ -124,11 +147,17 @@ at::Tensor Router::balance_losses(const at::Tensor& logits, const at::Tensor& sc
   return total;
 }
 
+int64_t Router::capacity(int64_t tokens) const {
+  if (!capacity_factor_) return 0;
+  const auto places = tokens * options_.topk * parallel_->tp_cp.size();
+  const auto mean = static_cast<double>(places) / static_cast<double>(options_.experts);
+  return static_cast<int64_t>(std::ceil(mean * *capacity_factor_));
+}
+
 void Router::drop(Output& output) const {
   auto& [experts, weights] = output.routing;
   const auto& spread = parallel_->tp_cp;
-  const auto mean = static_cast<double>(experts.numel() * spread.size()) / static_cast<double>(options_.experts);
-  output.capacity = static_cast<int64_t>(std::ceil(mean * *capacity_factor_));
+  output.capacity = capacity(experts.size(0));
   const auto dropped = own_rows(over_capacity(spread.all_gather(experts), spread.all_gather(weights.detach()),
                                               options_.experts, output.capacity, drop_by_weight_),
                                 spread);
@@ -138,8 +167,8 @@ void Router::drop(Output& output) const {
 
 Router::Output Router::forward(const at::Tensor& x_sbh, double loss_share) {
   const auto x = x_sbh.flatten(0, 1);
-  const auto bias = bias_.defined() ? std::optional<at::Tensor>(bias_.to(compute_dtype_)) : std::nullopt;
-  auto logits = at::linear(x.to(compute_dtype_), weight_.to(compute_dtype_), bias);
+  const auto bias = bias_.defined() ? std::optional<at::Tensor>(bias_) : std::nullopt;
+  auto logits = Logits::apply(x, weight_, bias, compute_dtype_);
   if (logits.scalar_type() != at::kDouble) logits = logits.to(at::kFloat);
   const auto scores = router_scores(logits, options_);
   Output output{weighted_by_scores(scores, choose(logits, scores), options_)};
@@ -154,6 +183,41 @@ Router::Output Router::forward(const at::Tensor& x_sbh, double loss_share) {
   return output;
 }
 
+Footprint Router::footprint(const ActivationShape& shape) const {
+  const auto tokens = shape.tokens(), experts = options_.experts, k = options_.topk, score = score_element();
+  const int64_t hidden = weight_.size(1), spread = parallel_->tp_cp.size();
+  const bool grad = shape.input_grad || trains() || (bias_.defined() && bias_.requires_grad());
+  Footprint result{.output_grad = grad};
+  const auto flops = 2.0 * static_cast<double>(tokens) * static_cast<double>(weight_.numel());
+  result.forward_flops = flops;
+  result.backward_flops = flops * ((shape.input_grad ? 1 : 0) + (trains() ? 1 : 0));
+  result.workspace = tokens * hidden * (score + shape.element);
+
+  auto& forward = result.experts_forward.tensor_context;
+  if (sinkhorn_ && !forced_) forward += Traffic::all_gather(tokens * spread * experts * score, spread);
+  if (capacity_factor_) {
+    forward += Traffic::all_gather(tokens * spread * k * 8, spread);
+    forward += Traffic::all_gather(tokens * spread * k * score, spread);
+  }
+  // Loads are counted once a micro-batch, with the graph: a forward that is only for recomputing counts none.
+  const int64_t loads = (aux_coefficient_ > 0 ? 1 : 0) + (sequence_aux_coefficient_ > 0 ? shape.batch : 0);
+  const int64_t global = global_aux_coefficient_ > 0 ? 1 : 0;
+  auto& backward = result.experts_backward;
+  backward.tensor_context += Traffic::all_reduce(experts * 8, spread) * (loads + global);
+  backward.data += Traffic::all_reduce(experts * 8, parallel_->dp.size()) * global;
+  if (!grad) return result;
+
+  result.saved = trains() && !shape.input_kept ? tokens * hidden * shape.element : 0;
+  result.saved += tokens * experts * score + tokens * k * 8;  // scores, which of them
+  if (options_.normalise) result.saved += tokens * (k + 1 + (options_.smallest_sum > 0 ? 1 : 0)) * score;
+  if (options_.sigmoid && loads + global > 0) result.saved += tokens * score;
+  result.saved += (loads + global) * experts * score;
+  if (z_coefficient_ > 0) result.saved += tokens * (experts + 1) * score;
+  if (loads + global > 0 || z_coefficient_ > 0) result.saved += score;  // the loss
+  if (capacity_factor_) result.saved += tokens * spread * k;            // what is dropped
+  return result;
+}
+
 void update_expert_biases(const std::vector<Router*>& routers, const ParallelState& parallel, bool skip) {
   at::NoGradGuard no_grad;
   std::vector<Router*> moving;
@@ -161,7 +225,7 @@ void update_expert_biases(const std::vector<Router*>& routers, const ParallelSta
   for (auto* router : routers) {
     if (!router->load_.defined()) continue;
     // A frozen router (LoRA) keeps its bias: the base model does not change.
-    if (router->bias_update_rate_ > 0 && router->weight_.requires_grad() && !skip) {
+    if (router->summed_loads() > 0 && !skip) {
       moving.push_back(router);
       loads.push_back(router->load_);
     }

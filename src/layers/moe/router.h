@@ -32,6 +32,17 @@ class Router : public Module {
     Routing routing;
     int64_t capacity = 0;  ///< most places of an expert; 0: no limit
   };
+  /// Of the tokens this rank routes; the weights themselves count where they are used (Dispatcher::footprint).
+  Footprint footprint(const ActivationShape& shape) const override;
+  /// Most places of an expert among `tokens` of this rank and as many of each rank that shares the micro-batch; 0: no
+  /// limit.
+  int64_t capacity(int64_t tokens) const;
+  /// Bytes of a score.
+  int64_t score_element() const { return compute_dtype_ == at::kDouble ? 8 : 4; }
+  bool trains() const { return weight_.requires_grad(); }
+  /// The expert bias moves after a step: loads of so many experts are summed then.
+  int64_t summed_loads() const { return bias_update_rate_ > 0 && trains() ? options_.experts : 0; }
+
   /// x [s, b, h] -> the experts and weights of its s * b tokens. `loss_share`: what this micro-batch counts in the
   /// global batch's loss, the share its balance losses are added with while training. Collective over tensor and
   /// context ranks when they share tokens of a micro-batch and something is counted over them.
