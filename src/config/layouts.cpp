@@ -38,6 +38,12 @@ void check_run(const Layout& l, bool sequence_parallel) {
 void check_all(const ModelConfig& config, const Layout& layout) {
   check_layout_rules(config);
   check_run(layout, config.sequence_parallel && layout.tensor > 1);
+  if (!config.is_moe() || layout.run.processes == 0) return;
+  const auto slices = config.expert_tensor_parallel_size.value_or(layout.tensor);
+  const auto expert_ranks = slices * layout.expert * layout.pipeline;
+  MCB_CHECK(layout.run.processes % expert_ranks == 0, "expert_tensor_parallel_size ", slices,
+            " x expert_model_parallel_size ", layout.expert, " x pipeline_model_parallel_size ", layout.pipeline, " = ",
+            expert_ranks, " does not divide the ", layout.run.processes, " processes");
 }
 
 template <class Check>

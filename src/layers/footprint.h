@@ -54,7 +54,7 @@ struct Footprint {
   Traffic tensor_forward, tensor_backward;    ///< over the tensor-parallel group
   Traffic context_forward, context_backward;  ///< over the context-parallel group
   ExpertTraffic experts_forward, experts_backward;
-  bool output_grad = true;                    ///< the output requires gradients
+  bool output_grad = true;  ///< the output requires gradients
 
   /// One module after the other: everything adds up but the temporaries, which live one after the other.
   Footprint& operator+=(const Footprint& next) {

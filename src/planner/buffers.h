@@ -28,8 +28,8 @@ struct PlannedBuffers {
   int64_t optimizer = 0;  ///< masters and states on the device, without what is offloaded
   int64_t passing = 0;    ///< bytes of gathered parameters and whole gradients of the units that run
   int64_t copied = 0;     ///< bytes that Gloo, on the CPU, copies of the largest bucket to share it out
-  /// Elements of this rank's gradients that are summed once a step: over tensor ranks, over expert-tensor ranks, over the tied embedding's
-  /// stages, and by the number of copies of shared rows.
+  /// Elements of this rank's gradients that are summed once a step: over tensor ranks, over expert-tensor ranks, over
+  /// the tied embedding's stages, and by the number of copies of shared rows.
   int64_t partial = 0, expert_partial = 0, tied = 0;
   std::map<int, int64_t> shared;
 };

@@ -31,8 +31,7 @@ void add_partial_gradients(StepTraffic& traffic, const PlannedBuffers& buffers, 
   const auto tp = sizes.tensor;
   if (buffers.partial > 0) add(traffic, GroupKind::kTensor, Traffic::all_reduce(bytes * buffers.partial, tp));
   if (buffers.expert_partial > 0) {
-    add(traffic, GroupKind::kExpertTensor,
-        Traffic::all_reduce(bytes * buffers.expert_partial, sizes.expert_tensor));
+    add(traffic, GroupKind::kExpertTensor, Traffic::all_reduce(bytes * buffers.expert_partial, sizes.expert_tensor));
   }
   for (const auto& [copies, elements] : buffers.shared)
     add(traffic, GroupKind::kTensor, Traffic::all_reduce(bytes * elements * (tp / copies), tp));

@@ -52,7 +52,12 @@ std::vector<std::pair<std::string, std::string>> explain(const Plan& plan, const
 
   const auto& buffers = stage.buffers;
   const auto trainable = std::max<double>(1, static_cast<double>(worst.trainable));
-  const auto ranks = number(sizes.data * sizes.context) + " data-parallel ranks";
+  const auto ranks =
+      number(sizes.data * sizes.context) + " data-parallel ranks" +
+      (config.is_moe()
+           ? " (experts over " +
+                 number(sizes.tensor * sizes.context * sizes.data / (sizes.expert * sizes.expert_tensor)) + ")"
+           : "");
   line("weights", number(static_cast<double>(worst.parameters)) + " parameters x " +
                       number(static_cast<double>(shape.element)) + " bytes" +
                       (buffers.sharding == Sharding::kParameters ? " / " + ranks : "") + " = " +
@@ -84,6 +89,19 @@ std::vector<std::pair<std::string, std::string>> explain(const Plan& plan, const
     line("offloaded", "activations of the first " +
                           number(static_cast<double>(request.config.cpu_offloading_num_layers)) +
                           " layers wait in host memory: " + size(static_cast<double>(memory.offloaded)));
+  if (config.is_moe()) {
+    const auto experts = static_cast<double>(*config.num_moe_experts),
+               topk = static_cast<double>(config.moe_router_topk);
+    const double split = config.sequence_parallel ? sizes.tensor : 1, slices = sizes.expert_tensor;
+    const double here = static_cast<double>(shape.tokens()) / split;
+    const bool gathers = config.moe_token_dispatcher_type == "allgather" && sizes.expert > 1;
+    line("experts", number(experts / sizes.expert) + " of " + number(experts) + " here" +
+                        (slices > 1 ? ", 1/" + number(slices) + " of each" : "") + "; " + number(here) +
+                        " tokens of this rank x " + number(topk) + " experts" +
+                        (slices > 1 ? " x " + number(slices) + " ranks that share tokens" : "") +
+                        (gathers ? " x " + number(sizes.expert) + " ranks that gather tokens" : "") + " = " +
+                        number(here * topk * slices * (gathers ? sizes.expert : 1)) + " rows a layer, of an even load");
+  }
   line("workspace", "temporaries of the worst moment of backward = " + size(static_cast<double>(memory.workspace)));
   line("reserve", size(request.reserve) + " outside the engine + " + number(100 * request.margin) +
                       "% of activations and workspace = " + size(static_cast<double>(memory.reserve)));
@@ -124,7 +142,6 @@ std::vector<std::pair<std::string, std::string>> explain(const Plan& plan, const
                    number(static_cast<double>(request.run.global_batch_size * request.run.sequence_length)) +
                    " tokens, " + number(plan.model_flops / 1e12) + " model TFLOP: " + number(plan.tokens_per_second) +
                    " tokens/s, " + number(100 * plan.mfu) + "% of the peak");
-  (void)config;
   return lines;
 }
 

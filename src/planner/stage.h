@@ -20,7 +20,7 @@ struct PlannedStage {
   std::vector<PlannedChunk> chunks;
   PlannedBuffers buffers;
   int64_t summed_loads = 0;  ///< experts whose loads are summed once a step
-  int64_t boundary = 0;  ///< bytes of the hidden states that cross a stage boundary, per micro-batch
+  int64_t boundary = 0;      ///< bytes of the hidden states that cross a stage boundary, per micro-batch
   double forward_flops() const;
   double backward_flops() const;
 

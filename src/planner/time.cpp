@@ -57,12 +57,12 @@ TimeEstimate estimate_time(const PlanRequest& request, const Topology& topology,
     time.tensor = std::max(time.tensor, seconds(GroupKind::kTensor, tp_span));
     time.context = std::max(time.context, seconds(GroupKind::kContext, cp_span));
     const int64_t etp_span = sizes.expert_tensor, ep_span = etp_span * sizes.expert;
-    time.expert = std::max(time.expert, seconds(GroupKind::kExpert, ep_span) +
-                                            seconds(GroupKind::kExpertTensor, etp_span) +
-                                            seconds(GroupKind::kTensorContext, cp_span));
-    time.data = std::max(time.data, seconds(GroupKind::kDataContext, dp_span) +
-                                        seconds(GroupKind::kExpertData, dp_span) +
-                                        seconds(GroupKind::kEmbedding, topology.world_size()));
+    time.expert =
+        std::max(time.expert, seconds(GroupKind::kExpert, ep_span) + seconds(GroupKind::kExpertTensor, etp_span) +
+                                  seconds(GroupKind::kTensorContext, cp_span));
+    time.data =
+        std::max(time.data, seconds(GroupKind::kDataContext, dp_span) + seconds(GroupKind::kExpertData, dp_span) +
+                                seconds(GroupKind::kEmbedding, topology.world_size()));
     boundary = std::max(boundary, static_cast<double>(stages[i]->boundary));
     // fp32 gradient, master and moments are read, the latter three written, the parameter written; the gradient is
     // zeroed and read for the norm.

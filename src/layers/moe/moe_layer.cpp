@@ -106,7 +106,8 @@ Footprint MoELayer::footprint(const ActivationShape& shape) const {
   // the input's.
   const auto combined = dispatch.tokens * row + dispatch.permuted * row,
              travelled = 2 * dispatch.permuted * row - weighted;
-  result.workspace = std::max({combined, travelled, experts.workspace, router_.footprint(local).workspace - experts.saved});
+  result.workspace =
+      std::max({combined, travelled, experts.workspace, router_.footprint(local).workspace - experts.saved});
   result.workspace += 2 * tokens * row;
   result.output_grad = dispatch.output_grad || experts.output_grad;
   if (shared_) {
