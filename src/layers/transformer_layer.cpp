@@ -51,7 +51,7 @@ at::Tensor TransformerLayer::forward(const at::Tensor& x_sbh, const AttentionInp
     return x + dropped(output);
   }
   const auto x = residual + update;
-  if (again) ActivationOffload::keep(x);
+  ActivationOffload::keep(x);
   auto block = [this, loss_share](const at::Tensor& y) {
     return mlp_ ? mlp_->forward(y, {}).y : moe_->forward(moe_norm_->forward(y), loss_share);
   };
@@ -72,6 +72,7 @@ Footprint TransformerLayer::footprint(const ActivationShape& shape) const {
   local.sequence /= sequence_split_;
   auto mlp = mlp_ ? mlp_->footprint(second) : moe_norm_->footprint(local);
   if (moe_) {
+    if (mlp.output_grad && !again) mlp.offloaded += hidden;  // what the norm keeps
     second.input_kept = false;
     second.input_grad = mlp.output_grad;
     mlp += moe_->footprint(second);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "layers/offload.h"
 #include "mcore_bridge/error.h"
 #include "parallel/collectives.h"
 
@@ -110,6 +111,7 @@ DispatchFootprint Dispatcher::footprint(const DispatchLoad& load) const {
     if (load.input_grad) saved += result.permuted * load.element + inverse;
     if (result.output_grad) saved += order;
   } else if (result.output_grad) {
+    cost.offloaded = result.permuted * row;
     saved += result.permuted * row + result.places * load.weight_element + order + inverse;
   }
   if (exchanges) saved += kIndex * result.rows * ((result.rows_grad ? 1 : 0) + (experts_out ? 1 : 0));
@@ -148,6 +150,7 @@ at::Tensor Dispatcher::permuted(const at::Tensor& x_th, const Dispatched& d) con
 }
 
 at::Tensor Dispatcher::unpermuted(const at::Tensor& rows, const Dispatched& d) const {
+  ActivationOffload::keep(rows);
   return unpermute_tokens(rows, options_.weights_on_input ? at::Tensor() : d.routing.weights, d.permutation);
 }
 

@@ -123,10 +123,14 @@ Footprint GroupedParallelLinear::footprint(int64_t rows, int64_t computed, const
     if (b_grad) result.deferred += low + (weight_grad ? 0 : rows * out * e);
     result.output_grad = result.output_grad || a_grad || b_grad;
   }
-  if (reads_rows && !shape.input_kept) saved += rows * in * e;
+  const bool keeps_rows = reads_rows && !shape.input_kept;
+  if (keeps_rows) saved += rows * in * e;
   // Not the rank that adds the bias: it holds zeros instead.
   if (bias_.defined() && !options_.column && parallel_->etp.rank() > 0) saved += bias_.numel() * e;
-  if (result.output_grad) result.saved = saved;
+  if (result.output_grad) {
+    result.saved = saved;
+    result.offloaded = keeps_rows ? rows * in * e : 0;
+  }
   result.workspace = rows * (in + out) * e + (weight_grad ? weight_.numel() * e : 0);
   return result;
 }
@@ -191,6 +195,7 @@ Footprint Experts::footprint(int64_t rows, int64_t computed, int64_t freed, cons
   second.workspace -= freed - second.saved;
   first.workspace = std::max(activation - freed, first.workspace - freed - gate_up);
   auto result = first;
+  result.offloaded += gate_up;
   result.saved += gate_up + fc1_->weight().size(0) * 4;  // the ends of the groups
   const auto workspace = std::max(first.workspace, second.workspace);
   result += second;

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "layers/offload.h"
+
 namespace mcore_bridge {
 
 SharedExperts::SharedExperts(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions tensor_options)
@@ -30,6 +32,7 @@ Footprint SharedExperts::footprint(const ActivationShape& shape) const {
   const auto tokens = shape.tokens() / sequence_split_, hidden = gate_weight_.size(1);
   const bool learns = gate_weight_.requires_grad(), gate_grad = learns || shape.input_grad;
   int64_t saved = learns && !shape.input_kept ? tokens * hidden * shape.element : 0;
+  const auto offloaded = saved;
   inner.input_kept = shape.input_kept || learns;
   auto result = mlp_.footprint(inner);
   if (gate_grad || result.output_grad) saved += tokens * shape.element;  // the gate
@@ -38,6 +41,7 @@ Footprint SharedExperts::footprint(const ActivationShape& shape) const {
   result.forward_flops += flops;
   result.backward_flops += flops * ((learns ? 1 : 0) + (shape.input_grad ? 1 : 0));
   result.saved += saved;
+  result.offloaded += offloaded;
   result.output_grad = result.output_grad || gate_grad;
   return result;
 }
@@ -66,6 +70,7 @@ std::vector<Module::Child> MoELayer::children() const {
 }
 
 at::Tensor MoELayer::forward(const at::Tensor& x_sbh, double loss_share) {
+  ActivationOffload::keep(x_sbh);
   auto routed = router_.forward(x_sbh, loss_share);
   at::Tensor shared;
   auto meanwhile = [&] {

@@ -207,7 +207,7 @@ Footprint Router::footprint(const ActivationShape& shape) const {
   backward.data += Traffic::all_reduce(experts * 8, parallel_->dp.size()) * global;
   if (!grad) return result;
 
-  result.saved = trains() && !shape.input_kept ? tokens * hidden * shape.element : 0;
+  result.saved = result.offloaded = trains() && !shape.input_kept ? tokens * hidden * shape.element : 0;
   result.saved += tokens * experts * score + tokens * k * 8;  // scores, which of them
   if (options_.normalise) result.saved += tokens * (k + 1 + (options_.smallest_sum > 0 ? 1 : 0)) * score;
   if (options_.sigmoid && loads + global > 0) result.saved += tokens * score;
