@@ -1,6 +1,7 @@
 """mcore-bridge plan, the estimate at the start of training, layouts refused before anything is built."""
 
 import json
+import time
 from types import SimpleNamespace
 
 import mcore_bridge as mb
@@ -26,6 +27,31 @@ SMALL = {
     **LLAMA,
     **dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=16, vocab_size=32000),
 }
+# Qwen3-235B-A22B
+QWEN = dict(
+    model_type="qwen3_moe",
+    hidden_size=4096,
+    intermediate_size=12288,
+    moe_intermediate_size=1536,
+    num_hidden_layers=94,
+    num_attention_heads=64,
+    num_key_value_heads=4,
+    head_dim=128,
+    num_experts=128,
+    num_experts_per_tok=8,
+    norm_topk_prob=True,
+    decoder_sparse_step=1,
+    mlp_only_layers=[],
+    vocab_size=151936,
+    max_position_embeddings=40960,
+    tie_word_embeddings=False,
+    torch_dtype="bfloat16",
+)
+SMALL_QWEN = {
+    **QWEN,
+    **dict(hidden_size=1024, num_hidden_layers=8, num_attention_heads=16, num_experts=16, moe_intermediate_size=512),
+    **dict(vocab_size=32000),
+}
 
 
 def write(folder, values):
@@ -46,6 +72,42 @@ def test_command_reads_config_json_alone(tmp_path, capsys):
     assert len(plans) == 2 and all(plan["fits"] for plan in plans)
     memory = plans[0]["stages"][plans[0]["worst_stage"]]["memory"]
     assert memory["total"] == sum(size for name, size in memory.items() if name != "total")
+
+
+def test_a_mixture_of_experts_on_1024_gpus(tmp_path, capsys):
+    folder = write(tmp_path, QWEN)
+    words = ["--gpus", "1024", "--gpu_memory", "80GiB", "--global_batch_size", "1024", "--max_length", "8192"]
+    start = time.process_time()
+    assert main(["plan", "--model", folder, *words, "--explain", "true"]) == 0
+    assert time.process_time() - start < 60
+    text = capsys.readouterr().out
+    for word in ("EP ", "--expert_model_parallel_size", "experts: ", "of an even load", "communication ep:", "expert parallel:"):
+        assert word in text, word
+    arguments = parse(PlanArguments, "plan", ["--model", folder, *words, "--top", "20"])
+    _, plans = make_plans(arguments)
+    for plan in plans:
+        layout = plan["layout"]
+        assert layout["sequence_parallel"] == (layout["tensor_model_parallel_size"] > 1)
+        # 22 billion of the parameters work for a token: 6 FLOPs each, and causal attention.
+        attention = 6 * 94 * 8192 * 8192
+        assert plan["model_flops"] / (1024 * 8192) == pytest.approx(6 * 21.6e9 + attention, rel=0.02)
+
+
+def test_parameters_of_a_mixture_of_experts(tmp_path):
+    """Whatever the layout: 235 billion."""
+    folder = write(tmp_path, QWEN)
+    for tensor, pipeline, expert in ((1, 2, 8), (4, 1, 32), (2, 2, 128)):
+        words = f"--gpus 256 --global_batch_size 256 --max_length 4096 --tensor_model_parallel_size {tensor}".split()
+        words += (
+            f"--pipeline_model_parallel_size {pipeline} --expert_model_parallel_size {expert} --context_parallel_size 1".split()
+        )
+        _, plans = make_plans(
+            parse(PlanArguments, "plan", ["--model", folder, *words, "--virtual_pipeline_model_parallel_size", "1"])
+        )
+        experts = 94 * 3 * 128 * 4096 * 1536
+        held = sum(stage["parameters"] for stage in plans[0]["stages"])
+        # Router and norms are whole on every tensor rank, keys and values as often as there are groups.
+        assert (held - experts / expert) * tensor == pytest.approx(235.094e9 - experts, rel=0.02)
 
 
 def test_given_sizes_stay(tmp_path):
@@ -113,10 +175,11 @@ def arguments(**changes):
     return SimpleNamespace(**{**values, "micro_batch_size": 1, "global_batch_size": 8, **changes})
 
 
+@pytest.mark.parametrize("model", [SMALL, SMALL_QWEN], ids=["dense", "experts"])
 @pytest.mark.parametrize("memory, outcome", [(2**40, "fits"), (4 * 2**30, "warns"), (2**28, "fails")])
-def test_estimate_at_the_start(monkeypatch, memory, outcome):
+def test_estimate_at_the_start(monkeypatch, model, memory, outcome):
     monkeypatch.setattr(estimate, "device_memory", lambda: memory)
-    config = mb.ModelConfig(**{**mb.hf_to_mcore_config(SMALL), "params_dtype": "bfloat16"})
+    config = mb.ModelConfig(**{**mb.hf_to_mcore_config(model), "params_dtype": "bfloat16"})
     said, warned = [], []
     logger = mb.get_logger()
     monkeypatch.setattr(logger, "info", said.append)

@@ -262,7 +262,9 @@ class PlanArguments(TrainArguments):
     tensor_model_parallel_size: Optional[int] = flag(None, "processes a matrix is split over; default: searched", "Parallelism")
     pipeline_model_parallel_size: Optional[int] = flag(None, "processes the layers are split over; default: searched")
     context_parallel_size: Optional[int] = flag(None, "processes a sequence is split over; default: searched")
-    expert_model_parallel_size: Optional[int] = flag(None, "processes the experts are split over; default: searched")
+    expert_model_parallel_size: Optional[int] = flag(
+        None, "processes the experts are split over (an even load of them is counted); default: searched"
+    )
     sequence_parallel: Optional[bool] = flag(None, "split activations along the sequence; default: with tensor parallelism")
     micro_batch_size: Optional[int] = flag(None, "rows per forward and data-parallel rank; default: searched")
     recompute_granularity: Optional[str] = flag(None, "what backward computes again; default: searched", choices=["none", "full"])

@@ -80,7 +80,9 @@ def make_plans(arguments):
             fixed.append(name)
     fields = config_fields_of(arguments, hf_to_mcore_config(path), path)
     # Sizes that are searched start at one process; the others must be possible for the model.
-    config = ModelConfig(**{**fields, "sequence_parallel": bool(arguments.sequence_parallel), **given})
+    # Experts need it with tensor parallelism.
+    split_tokens = bool(fields.get("num_moe_experts")) if arguments.sequence_parallel is None else arguments.sequence_parallel
+    config = ModelConfig(**{**fields, "sequence_parallel": split_tokens, **given})
     memory = {}
     if arguments.gpu_memory:
         memory["memory"] = parse_size(str(arguments.gpu_memory))
