@@ -60,7 +60,6 @@ PlannedBuffers plan_buffers(const std::vector<ManagedParameter>& parameters, con
     }
   }
   double optimizer = 0;
-  std::map<std::pair<int, int>, int64_t> units;  // bytes that a unit needs while it runs
   for (const auto& layout : bucket_layouts(managed, parallel, buffers)) {
     const auto& first = managed[static_cast<size_t>(layout.slots[0].item)];
     const int64_t ranks = parallel.replicas(first.traits.expert).size();
@@ -68,15 +67,17 @@ PlannedBuffers plan_buffers(const std::vector<ManagedParameter>& parameters, con
     const auto shard = layout.elements / layout.shards;
     result.buckets.push_back(
         {layout.elements, ranks, element, first.trainable, first.traits.expert, first.chunk, first.unit});
-    if (ranks > 1 && result.sharding != Sharding::kNone)
-      result.copied =
-          std::max(result.copied, layout.elements * std::max(element, first.trainable ? result.grad_element : 0));
+    auto& unit = result.units[{first.chunk, first.unit}];
+    if (ranks > 1 && result.sharding != Sharding::kNone) {
+      const auto copied = layout.elements * std::max(element, first.trainable ? result.grad_element : 0);
+      result.copied = std::max(result.copied, copied);
+      if (shards_grads) unit.copied = std::max(unit.copied, copied);
+    }
     result.weights += element * (shards_all ? shard : layout.elements);
-    auto& passing = units[{first.chunk, first.unit}];
-    if (shards_all) passing += element * layout.elements;
+    if (shards_all) unit.parameters += element * layout.elements;
     if (!first.trainable) continue;
     result.gradients += result.grad_element * (shards_grads ? shard : layout.elements);
-    if (shards_grads) passing += result.grad_element * layout.elements;
+    if (shards_grads) unit.gradients += result.grad_element * layout.elements;
     for (const auto& slot : layout.slots) {
       const auto& parameter = managed[static_cast<size_t>(slot.item)];
       const auto elements = parameter.tensor.numel(), mine = before(shard - slot.offset, 0, elements);
@@ -94,12 +95,23 @@ PlannedBuffers plan_buffers(const std::vector<ManagedParameter>& parameters, con
   }
   if (options.optimizer_cpu_offload) optimizer *= 1 - options.optimizer_offload_fraction;
   result.optimizer = static_cast<int64_t>(optimizer);
-  // The unit that runs and the one that comes or goes beside it.
-  std::vector<int64_t> sizes;
-  for (const auto& [unit, bytes] : units) sizes.push_back(bytes);
-  std::sort(sizes.rbegin(), sizes.rend());
-  for (size_t i = 0; i < std::min<size_t>(2, sizes.size()); ++i) result.passing += sizes[i];
   return result;
+}
+
+int64_t PlannedBuffers::passing(int chunk, int unit, bool head, bool copies) const {
+  auto at = [&](int index) {
+    const auto found = units.find({chunk, index});
+    return found == units.end() ? Unit{} : found->second;
+  };
+  auto reduced = at(unit + 1).gradients;
+  if (!units.contains({chunk, unit + 1})) {
+    // Of the backward before: the first unit of a chunk.
+    for (const auto& [place, other] : units) {
+      if (!units.contains({place.first, place.second - 1})) reduced = std::max(reduced, other.gradients);
+    }
+  }
+  const auto own = at(unit);
+  return own.parameters + own.gradients + (copies ? own.copied : 0) + (head ? 0 : at(unit - 1).parameters) + reduced;
 }
 
 }  // namespace mcore_bridge

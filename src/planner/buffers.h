@@ -26,8 +26,18 @@ struct PlannedBuffers {
   int64_t weights = 0;       ///< bytes kept all the time, as are the next two
   int64_t gradients = 0;
   int64_t optimizer = 0;  ///< masters and states on the device, without what is offloaded
-  int64_t passing = 0;    ///< bytes of gathered parameters and whole gradients of the units that run
-  int64_t copied = 0;     ///< bytes that Gloo, on the CPU, copies of the largest bucket to share it out
+  /// Bytes that come and go with a unit.
+  struct Unit {
+    int64_t parameters = 0;  ///< gathered
+    int64_t gradients = 0;   ///< whole
+    int64_t copied = 0;      ///< that Gloo, on the CPU, copies of its largest bucket
+  };
+  std::map<std::pair<int, int>, Unit> units;  ///< by chunk and unit
+  /// Most that comes and goes while unit `unit` runs backward: its own, the next one's parameters (not at the head,
+  /// whose worst moment is in forward), and the gradients of the one before, which a reduction reads until the next one
+  /// starts. `copies`: Gloo's as well.
+  int64_t passing(int chunk, int unit, bool head, bool copies) const;
+  int64_t copied = 0;  ///< bytes that Gloo, on the CPU, copies of the largest bucket to share it out
   /// Elements of this rank's gradients that are summed once a step: over tensor ranks, over expert-tensor ranks, over
   /// the tied embedding's stages, and by the number of copies of shared rows.
   int64_t partial = 0, expert_partial = 0, tied = 0;

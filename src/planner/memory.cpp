@@ -16,14 +16,15 @@ struct ChunkMemory {
   int64_t matrices = 0;         ///< those gradients, once they are made
 };
 
-/// `gpu`: host memory is another than the one that is counted.
-ChunkMemory memory_of(const PlannedChunk& chunk, bool gpu) {
+/// `number`: of the chunk on its stage. `gpu`: host memory is another than the one that is counted.
+ChunkMemory memory_of(const PlannedChunk& chunk, int number, const PlannedBuffers& buffers, bool gpu) {
   ChunkMemory result;
   for (const auto& segment : chunk.segments) {
     result.saved += segment.footprint.saved - (gpu ? segment.footprint.offloaded : 0);
     result.offloaded += segment.footprint.offloaded;
   }
   int64_t alive = 0;  // beyond `saved`
+  auto unit = static_cast<int>(chunk.place.layers.count) + (chunk.place.post_process ? 1 : 0);
   for (auto segment = chunk.segments.rbegin(); segment != chunk.segments.rend(); ++segment) {
     const auto& footprint = segment->footprint;
     // Offloaded layers are back when their backward begins, those before them on their way. The CPU's copies are there
@@ -31,7 +32,11 @@ ChunkMemory memory_of(const PlannedChunk& chunk, bool gpu) {
     const auto back = gpu ? footprint.offloaded : 0;
     const auto before = std::next(segment);
     const auto coming = footprint.offloaded > 0 && before != chunk.segments.rend() ? before->footprint.offloaded : 0;
-    const auto most = std::max(back + coming + footprint.workspace, footprint.offloaded);
+    int64_t passing = 0;
+    const bool head = chunk.place.post_process && segment == chunk.segments.rbegin();
+    for (auto units = std::max<int64_t>(1, segment->layers); units > 0; --units, --unit)
+      passing = std::max(passing, buffers.passing(number, unit, head, !gpu));
+    const auto most = std::max(back + coming + footprint.workspace, footprint.offloaded) + passing;
     result.temporary = std::max(result.temporary, alive + most);
     result.split_temporary = std::max(result.split_temporary, alive + result.deferred + most);
     result.deferred += footprint.deferred;
@@ -88,7 +93,8 @@ MemoryEstimate estimate_memory(const PlannedStage& stage, const PlanRequest& req
   MemoryEstimate result;
   const auto& buffers = stage.buffers;
   std::vector<ChunkMemory> chunks;
-  for (const auto& chunk : stage.chunks) chunks.push_back(memory_of(chunk, request.gpu_kernels));
+  for (const auto& chunk : stage.chunks)
+    chunks.push_back(memory_of(chunk, static_cast<int>(chunks.size()), buffers, request.gpu_kernels));
   const auto peak = play(row, chunks);
   result.weights = buffers.weights;
   result.gradients = buffers.gradients;
@@ -100,14 +106,13 @@ MemoryEstimate estimate_memory(const PlannedStage& stage, const PlanRequest& req
   const int64_t follows = stage.chunks.back().place.post_process ? 0 : 1,
                 before = stage.chunks.front().place.pre_process ? 0 : 1;
   const auto boundary = sizes.pipeline > 1 ? stage.boundary : 0;
-  result.workspace = peak.all - peak.kept + buffers.passing + (2 * follows + before) * boundary;
+  result.workspace = peak.all - peak.kept + (2 * follows + before) * boundary;
   // When no activation lives any more: tied embeddings are summed over first and last stage in a copy; Gloo copies what
   // it shares out. Gradients of units, and with overlap all buckets but the last, go while activations live.
   const auto copied = request.gpu_kernels ? 0 : buffers.copied;
   int64_t living = 0;
-  if (buffers.sharding >= Sharding::kGradients) {
-    result.workspace += copied;
-  } else if (request.optimizer.overlap_grad_reduce && !buffers.buckets.empty()) {
+  const bool by_units = buffers.sharding >= Sharding::kGradients;  // counted with their units
+  if (!by_units && request.optimizer.overlap_grad_reduce && !buffers.buckets.empty()) {
     const auto count = static_cast<int64_t>(buffers.buckets.size());
     living = (result.activations + result.workspace) * (count - 1) / count;
   }
