@@ -146,6 +146,14 @@ CASES = {
     "moe_ep2_tp2_sp": case(2, {**EP, **SP, **BALANCED}),
     "moe_ep2_tp2_sp_lora": case(2, {**EP, **SP, **SHARED}, lora=LORA),
     "moe_etp2_tp2_sp": case(2, {**MOE, **SP, **ETP, **SHARED}),
+    "moe_sinks_cp2": case(2, dict(EP, hf_model_type="gpt_oss", softmax_type="learnable", **CP)),
+    "moe_sinks_cp2_gather": case(2, dict(EP, hf_model_type="gpt_oss", softmax_type="learnable", cp_comm_type="all_gather", **CP)),
+    "moe_whole_norm_tp2": case(
+        2, dict(EP, hf_model_type="olmoe", qk_layernorm=True, qk_layernorm_whole=True, clip_qkv=2.0, **SP)
+    ),
+    "moe_etp2_biases": case(2, dict(MOE, hf_model_type="gpt_oss", add_bias_linear=True, **ETP)),
+    "moe_sinkhorn_cp2": case(2, dict(EP, moe_router_load_balancing_type=["sinkhorn"], **CP)),
+    "moe_capacity_cp2": case(2, dict(EP, moe_expert_capacity_factor=1.5, **CP)),
     "moe_ep2_cp2": case(2, {**EP, **CP, **BALANCED}),
     "moe_dp2": case(2, {**MOE, **BALANCED}),
     "moe_pp2": case(2, dict(MOE, moe_layer_freq=[0, 1, 1, 1, 1, 1, 1, 1], **PP), micro_batches=4),
