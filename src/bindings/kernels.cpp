@@ -10,6 +10,8 @@
 #include "kernels/split_qkv.h"
 #include "layers/activation.h"
 #include "layers/attention/core_attention.h"
+#include "layers/linear_function.h"
+#include "parallel/parallel_state.h"
 
 namespace mcore_bridge {
 namespace {
@@ -78,6 +80,19 @@ void init_fp8(py::module_& kernels) {
                                const at::Tensor& like) {
     return fp8_matmul(fp8_matrix(a, scaling_a), fp8_matrix(b, scaling_b), rows, like.scalar_type(), or_undefined(onto));
   });
+  kernels.def(
+      "fp8_linear",
+      [](const at::Tensor& x, const at::Tensor& weight, const at::Tensor& a, const at::Tensor& b, double scaling,
+         const std::string& recipe, bool hybrid) {
+        const auto group = ParallelState::single()->tp;
+        LinearPlan plan{.layout = {1, {weight.size(0)}}, .adapters = {{{true}, scaling, 0}}, .group = group};
+        plan.fp8 = std::make_shared<Fp8Linear>(
+            Fp8Options{.recipe = recipe == "blockwise" ? Fp8Recipe::kBlockwise : Fp8Recipe::kTensorwise,
+                       .hybrid = hybrid,
+                       .tp = group});
+        return linear(plan, {.x_sbh = x, .weight = weight, .a = {a}, .b = {b}}).y;
+      },
+      "A linear layer with an adapter, differentiable; x [s, b, in].");
   kernels.def("fp8_accumulate",
               [](const at::Tensor& sum, const Fp8Tensors& a, const Fp8Tensors& b, const std::string& scaling,
                  bool accumulate) { fp8_accumulate(sum, fp8_matrix(a, scaling), fp8_matrix(b, scaling), accumulate); });

@@ -84,6 +84,8 @@ CASES = {
     "lora_parts": ({}, dict(r=4, target_modules=["q_proj", "v_proj", "down_proj"])),
     "lora_mlp": ({}, dict(r=4, target_modules=["linear_fc1"])),
     "lora_saves_embedding": ({}, dict(r=4, modules_to_save=["embed_tokens", "lm_head"])),
+    "fp8": (dict(fp8="hybrid", params_dtype="bfloat16"), None),
+    "fp8_lora": (dict(fp8="e4m3", fp8_recipe="tensorwise"), LORA),
     "lora_recompute": (dict(recompute_granularity="full"), LORA),
     "offload_moe": (dict(MOE, cpu_offloading=True, cpu_offloading_num_layers=2), None),
     "offload_moe_gate": (dict(GATED, cpu_offloading=True, cpu_offloading_num_layers=3, **BF16), None),
@@ -162,3 +164,18 @@ def test_saved_bytes_of_packed_rows(fields):
     model = build(fields)
     segments = _core.segments(model.engine, 1, 60, documents=3, training_loss=False)
     assert sum(segment["saved"] for segment in segments) == kept_bytes(model, batch([20, 20, 20]))[0]
+
+
+def test_planned_fp8_weights():
+    """One byte each way round for every number of a quantised matrix, except where weights come and go."""
+    fields = {**BASE, "params_dtype": "bfloat16"}
+    request = dict(processes=1, micro_batch_size=1, global_batch_size=1, sequence_length=32)
+
+    def weights(**more):
+        return mb.plan_layout(mb.ModelConfig(**fields, **more), **request)["stages"][0]["memory"]["weights"]
+
+    model = build(dict(params_dtype="bfloat16"))
+    matrices = sum(p.numel() for name, p in model.named_parameters() if ".linear_" in name and p.dim() == 2)
+    assert weights(fp8="hybrid") - weights() == 2 * matrices
+    layer = matrices // BASE["num_layers"]
+    assert weights(fp8="hybrid", first_last_layers_bf16=True) - weights() == 2 * layer

@@ -124,6 +124,43 @@ def test_products_are_those_of_the_fp8_numbers(scaling_b, dtype, rows):
         assert relative(total.cpu(), exact + 2) < (3e-4 if DEVICE == "cuda" else 1e-5)
 
 
+@pytest.mark.parametrize("hybrid", [False, True])
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+@pytest.mark.parametrize("rows", [128, 72])
+def test_a_layer_is_its_formulas(recipe, hybrid, rows):
+    """y = Q(x) Q(W)^T + s x A^T B^T and its gradients, Q being the numbers that FP8 stands for, in float64."""
+    a_rows = "tensor" if recipe == "tensorwise" else "rows"
+    x, weight = (
+        random(rows // 2, 2, 256, dtype=torch.float32, seed=1),
+        random(384, 256, dtype=torch.float32, seed=2, spread=False),
+    )
+    a, b = (random(*shape, dtype=torch.float32, seed=3, spread=False) for shape in ((4, 256), (384, 4)))
+    grad = random(rows // 2, 2, 384, dtype=torch.float32, seed=5)
+    given = [t.clone().requires_grad_(True) for t in (x, weight, a, b)]
+    y = kernels.fp8_linear(*given, 2.0, recipe, hybrid)
+    y.backward(grad)
+
+    def rounded(matrix, scaling, e5m2, turned=False):
+        straight, other = quantize(matrix, scaling, e5m2)
+        return kernels.fp8_dequantize(other if turned else straight, scaling).double().cpu()
+
+    x, grad = x.view(rows, 256), grad.view(rows, 384)
+    w8 = rounded(weight, "tensor" if recipe == "tensorwise" else "blocks", False)
+    g8, g8_turned = (rounded(grad, a_rows, hybrid, turned) for turned in (False, True))
+    wide_x, wide_a, wide_b, wide_grad = (t.double().cpu() for t in (x, a, b, grad))
+    low, grad_low = wide_x @ wide_a.t(), 2 * wide_grad @ wide_b
+    expected = [
+        rounded(x, a_rows, False)[:rows] @ w8.t() + 2 * low @ wide_b.t(),
+        g8[:rows] @ w8 + grad_low @ wide_a,
+        g8_turned @ rounded(x, a_rows, False, turned=True).t(),
+        grad_low.t() @ wide_x,
+        2 * wide_grad.t() @ low,
+    ]
+    bound = 3e-4 if DEVICE == "cuda" else 2e-6
+    for found, exact in zip([y, *(t.grad for t in given)], expected):
+        assert relative(found.detach().cpu().view(exact.shape), exact) < bound
+
+
 BASE = dict(
     num_layers=3,
     hidden_size=256,
@@ -148,7 +185,7 @@ def build(lora=False, **fields):
         with torch.no_grad():
             for name, p in models[0].named_parameters():
                 if "lora_B" in name:
-                    p.copy_(torch.randn(p.shape) * 0.05)
+                    p.copy_(torch.randn(p.shape) * 0.005)  # an adapter of usual size
     return models
 
 
@@ -229,12 +266,14 @@ def test_delayed_scales_follow_the_history(tmp_path):
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_training_follows_the_plain_run(recipe, lora):
+    # At ten times the learning rate this model is chaotic: bf16 leaves fp32 as FP8 does.
     losses = {}
     for fp8 in (None, "hybrid"):
-        trainer = mb.Trainer(build(lora, fp8=fp8, fp8_recipe=recipe), lr=3e-3, lr_decay_style="constant", train_iters=100)
+        trainer = mb.Trainer(build(lora, fp8=fp8, fp8_recipe=recipe), lr=3e-4, lr_decay_style="constant", train_iters=100)
         losses[fp8] = [trainer.train_step([batch(0), batch(1)]).loss for _ in range(8)]
-    assert losses[None][-1] < losses[None][0] - 0.05
-    assert max(abs(a - b) for a, b in zip(losses[None], losses["hybrid"])) < 0.05 * (losses[None][0] - losses[None][-1]) + 5e-3
+    gained = losses[None][0] - losses[None][-1]
+    assert gained > 0.1
+    assert max(abs(a - b) for a, b in zip(losses[None], losses["hybrid"])) < 0.015 * gained + 5e-3
 
 
 def test_frozen_weights_are_quantised_once_and_stay():
