@@ -170,7 +170,7 @@ class Sizes:
 # case -> (what, group, operation, the formula in words, the formula in numbers)
 VOLUMES = [
     ("tp2", "tp", "all_reduce", "m B (4 a layer + 2) + m 12 t", lambda s: s.m * s.b * (4 * s.layers + 2) + s.m * 12 * s.t),
-    ("tp2_sp", "tp", "all_gather", "m B (4 a layer + 2)", lambda s: s.m * s.b * (4 * s.layers + 2)),
+    ("tp2_sp", "tp", "all_gather", "m B (6 a layer + 2): inputs again in backward", lambda s: s.m * s.b * (6 * s.layers + 2)),
     ("tp2_sp", "tp", "reduce_scatter", "m B (4 a layer + 2)", lambda s: s.m * s.b * (4 * s.layers + 2)),
     (
         "tp2_sp",
@@ -196,7 +196,7 @@ VOLUMES = [
         lambda s: s.m * s.layers * 2 * (s.t * (s.q + 2 * s.kv) * s.e + s.t * s.q * s.e),
     ),
     ("pp2", "pp", "send", "m B", lambda s: s.m * s.b),
-    ("pp2_vpp2", "pp", "send", "m B (1 + 2): one chunk each way more", lambda s: s.m * s.b * 2),
+    ("pp2_vpp2", "pp", "send", "m B (2 + 1): both chunks forward, one back", lambda s: s.m * s.b * 3),
     ("tp2_pp2", "pp", "send", "m B / TP", lambda s: s.m * s.b // s.shard),
     ("pp2_tied", "embd", "all_reduce", "4 V h", lambda s: 4 * 4000 * s.h),
     ("dp2", "dp-cp", "reduce_scatter", "4 x trainable", lambda s: 4 * s.parameters),
