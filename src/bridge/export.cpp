@@ -6,6 +6,7 @@
 
 #include "bridge/checkpoint_plan.h"
 #include "bridge/region_blocks.h"
+#include "bridge/tensor_encoder.h"
 #include "mcore_bridge/error.h"
 #include "models/gpt_model.h"
 
@@ -83,7 +84,7 @@ struct WeightExporter::State {
   bool receives() const { return !options.only_master || (group.ranks()[0] == 0 && group.rank() == 0); }
 
   /// Alike for all tensors of a bucket.
-  c10::ScalarType dtype_of(const HfTensor& tensor) const { return tensor.float32 ? c10::ScalarType::Float : dtype; }
+  c10::ScalarType dtype_of(const HfTensor& tensor) const { return plain_dtype(tensor, dtype); }
 
   at::Tensor payload(const Bucket& bucket, int64_t elements) {
     auto packed = at::empty({elements}, at::TensorOptions(device).dtype(dtype_of(tensors[bucket.begin])));

@@ -10,16 +10,15 @@ class PlainEncoder : public TensorEncoder {
   explicit PlainEncoder(c10::ScalarType dtype) : dtype_(dtype) {}
 
   std::vector<StoredTensor> stored(const HfTensor& tensor) const override {
-    return {{tensor.name, tensor.sizes(), dtype_of(tensor)}};
+    return {{tensor.name, tensor.sizes(), plain_dtype(tensor, dtype_)}};
   }
   void write(const HfTensor& tensor, const Box& box, const at::Tensor& values, ShardWriter& writer) const override {
-    const auto dtype = dtype_of(tensor);
+    const auto dtype = plain_dtype(tensor, dtype_);
     const auto converted = values.scalar_type() == dtype ? values : values.to(dtype);
     writer.write_box(tensor.name, stored_columns(tensor), box, converted.const_data_ptr(), c10::elementSize(dtype));
   }
 
  private:
-  c10::ScalarType dtype_of(const HfTensor& tensor) const { return tensor.float32 ? c10::ScalarType::Float : dtype_; }
   c10::ScalarType dtype_;
 };
 

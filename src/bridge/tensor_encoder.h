@@ -14,6 +14,11 @@
 
 namespace mcore_bridge {
 
+/// What an unencoded tensor is kept in when the model's others are kept in `dtype`.
+inline c10::ScalarType plain_dtype(const HfTensor& tensor, c10::ScalarType dtype) {
+  return tensor.float32 ? c10::ScalarType::Float : dtype;
+}
+
 class TensorEncoder {
  public:
   virtual ~TensorEncoder() = default;

@@ -6,6 +6,7 @@
 #include "config/pipeline_layout.h"
 #include "config/rope_scaling.h"
 #include "config/validate_moe.h"
+#include "core/one_of.h"
 #include "mcore_bridge/error.h"
 #include "mcore_bridge/layouts.h"
 #include "mcore_bridge/model_config.h"
@@ -15,13 +16,8 @@ namespace {
 
 /// Features later versions bring; each line goes when its feature comes.
 void check_supported(const ModelConfig& c) {
-  auto only = [](const char* field, const std::string& value, std::initializer_list<const char*> allowed) {
-    std::string list;
-    for (const auto* word : allowed) {
-      if (value == word) return;
-      list += (list.empty() ? "" : ", ") + std::string(word);
-    }
-    fail("ModelConfig.", field, ": '", value, "' is not supported by this version; supported: ", list);
+  auto only = [](const std::string& field, const std::string& value, std::initializer_list<const char*> allowed) {
+    one_of("ModelConfig." + field, value, allowed, "is not supported by this version; supported:");
   };
   only("normalization", c.normalization, {"RMSNorm"});
   only("softmax_type", c.softmax_type, {"vanilla", "learnable"});
@@ -128,21 +124,13 @@ void check_recompute(const ModelConfig& c) {
 }
 
 void check_fp8(const ModelConfig& c) {
-  const auto one_of = [](const char* field, const std::string& value, std::initializer_list<const char*> allowed) {
-    std::string list;
-    for (const auto* word : allowed) {
-      if (value == word) return;
-      list += (list.empty() ? "" : ", ") + std::string(word);
-    }
-    fail("ModelConfig.", field, ": '", value, "' is not one of ", list);
-  };
   if (!c.fp8) return;  // the other fields say nothing then
-  one_of("fp8", *c.fp8, {"e4m3", "hybrid"});
+  one_of("ModelConfig.fp8", *c.fp8, {"e4m3", "hybrid"});
   MCB_CHECK(c.fp8_recipe != "mxfp8",
             "ModelConfig.fp8_recipe: 'mxfp8' is not supported by this version; use tensorwise, "
             "delayed or (Hopper) blockwise");
-  one_of("fp8_recipe", c.fp8_recipe, {"tensorwise", "delayed", "blockwise"});
-  one_of("fp8_amax_compute_algo", c.fp8_amax_compute_algo, {"max", "most_recent"});
+  one_of("ModelConfig.fp8_recipe", c.fp8_recipe, {"tensorwise", "delayed", "blockwise"});
+  one_of("ModelConfig.fp8_amax_compute_algo", c.fp8_amax_compute_algo, {"max", "most_recent"});
   MCB_CHECK(c.fp8_amax_history_len > 0, "ModelConfig.fp8_amax_history_len: ", c.fp8_amax_history_len,
             " must be at least 1");
   MCB_CHECK(!c.is_moe(),

@@ -2,18 +2,14 @@
 
 #include <algorithm>
 
+#include "core/one_of.h"
 #include "mcore_bridge/error.h"
 
 namespace mcore_bridge {
 namespace {
 
-void one_of(const char* field, const std::string& value, std::initializer_list<const char*> allowed) {
-  std::string list;
-  for (const auto* word : allowed) {
-    if (value == word) return;
-    list += (list.empty() ? "" : ", ") + std::string(word);
-  }
-  fail("ModelConfig.", field, ": '", value, "' is not supported by this version; supported: ", list);
+void supported(const std::string& field, const std::string& value, std::initializer_list<const char*> allowed) {
+  one_of("ModelConfig." + field, value, allowed, "is not supported by this version; supported:");
 }
 
 void check_dense(const ModelConfig& c) {
@@ -36,8 +32,8 @@ void check_router(const ModelConfig& c) {
             " (moe_router_num_groups)");
   MCB_CHECK(topk <= best * (experts / groups), "ModelConfig.moe_router_topk: ", topk, " experts are more than the ",
             best * (experts / groups), " of moe_router_group_topk ", best, " groups");
-  one_of("moe_router_score_function", c.moe_router_score_function, {"softmax", "sigmoid"});
-  one_of("moe_router_dtype", c.moe_router_dtype.value_or("none"), {"none", "fp32", "fp64"});
+  supported("moe_router_score_function", c.moe_router_score_function, {"softmax", "sigmoid"});
+  supported("moe_router_dtype", c.moe_router_dtype.value_or("none"), {"none", "fp32", "fp64"});
   MCB_CHECK(c.moe_router_bias_update_rate >= 0,
             "ModelConfig.moe_router_bias_update_rate: ", c.moe_router_bias_update_rate, " must not be negative");
   MCB_CHECK(c.moe_router_norm_min >= 0, "ModelConfig.moe_router_norm_min: ", c.moe_router_norm_min,
@@ -47,7 +43,8 @@ void check_router(const ModelConfig& c) {
 void check_balance(const ModelConfig& c) {
   const auto& types = c.moe_router_load_balancing_type;
   for (const auto& type : types) {
-    one_of("moe_router_load_balancing_type", type, {"aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"});
+    supported("moe_router_load_balancing_type", type,
+              {"aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"});
     MCB_CHECK(types.size() == 1 || type.ends_with("aux_loss"), "ModelConfig.moe_router_load_balancing_type: '", type,
               "' stands alone");
     MCB_CHECK(std::count(types.begin(), types.end(), type) == 1, "ModelConfig.moe_router_load_balancing_type: names '",
@@ -71,7 +68,7 @@ void check_balance(const ModelConfig& c) {
 }
 
 void check_capacity(const ModelConfig& c) {
-  one_of("moe_token_drop_policy", c.moe_token_drop_policy, {"probs", "position"});
+  supported("moe_token_drop_policy", c.moe_token_drop_policy, {"probs", "position"});
   MCB_CHECK(c.moe_expert_capacity_factor.value_or(1) > 0,
             "ModelConfig.moe_expert_capacity_factor: ", *c.moe_expert_capacity_factor,
             " must be positive; leave it out to drop nothing");
@@ -82,7 +79,7 @@ void check_capacity(const ModelConfig& c) {
 void check_dispatch(const ModelConfig& c) {
   MCB_CHECK(c.moe_token_dispatcher_type != "flex",
             "ModelConfig.moe_token_dispatcher_type: 'flex' (DeepEP) is not supported by this version; use alltoall");
-  one_of("moe_token_dispatcher_type", c.moe_token_dispatcher_type, {"alltoall", "allgather"});
+  supported("moe_token_dispatcher_type", c.moe_token_dispatcher_type, {"alltoall", "allgather"});
 }
 
 }  // namespace

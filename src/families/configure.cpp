@@ -25,6 +25,11 @@ void set_biases(Json& values, bool qkv, bool attention_proj, bool mlp) {
   values["add_mlp_bias"] = mlp;
 }
 
+void set_attention_biases(Json& values, const Json& hf, bool mlp) {
+  const bool attention = json_bool(hf, "attention_bias", false, kFile);
+  set_biases(values, attention, attention, mlp);
+}
+
 void set_window_on_all_layers(Json& values, const Json& hf) {
   if (json_find(hf, "sliding_window")) values["window_size"] = window_of(hf);
 }

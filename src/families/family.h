@@ -31,13 +31,19 @@ const FamilySpec* find_family(const std::string& model_type);
 
 /// Layer rules most families share; names relative as in FamilySpec::layer_weights.
 std::vector<WeightRule> gqa_attention_rules(const ModelConfig& config);
-std::vector<WeightRule> gated_mlp_rules(const ModelConfig& config);
+/// `hf`: what Hugging Face calls the MLP.
+std::vector<WeightRule> gated_mlp_rules(const ModelConfig& config, const std::string& hf = "mlp");
+/// The matrices of a gated MLP of this width, with their biases: below `name` here and `hf` there.
+std::vector<WeightRule> gated_mlp_matrices(const ModelConfig& config, const std::string& name, const std::string& hf,
+                                           int64_t width);
+/// The bias that goes with a matrix rule, whose tensors are "x.weight", or "x" with the bias "x_bias".
+WeightRule bias_of(WeightRule matrix);
+WeightRule::Init norm_init(const ModelConfig& config);
 /// Both, as a FamilySpec::layer_weights.
 std::vector<WeightRule> dense_decoder_layer(const ModelConfig& config, int64_t layer);
 
 /// What Hugging Face calls the parts of a layer with experts; names relative to the layer.
 struct MoeNames {
-  std::string norm = "post_attention_layernorm.weight";
   std::string router = "mlp.gate.weight";
   std::string expert_bias = "mlp.gate.e_score_correction_bias";
   bool expert_bias_leading_one = false;  ///< kept as [1, experts]
@@ -53,6 +59,8 @@ struct MoeNames {
 std::vector<WeightRule> moe_rules(const ModelConfig& config, const MoeNames& names);
 /// Attention, then experts or a dense MLP as the layer is.
 std::vector<WeightRule> moe_decoder_layer(const ModelConfig& config, int64_t layer, const MoeNames& names);
+/// The same with the usual names, as a FamilySpec::layer_weights.
+std::vector<WeightRule> usual_moe_decoder_layer(const ModelConfig& config, int64_t layer);
 
 /// What a chunk holds.
 struct ChunkPlace {

@@ -13,17 +13,13 @@ void configure(Json& values, const Json& hf) {
   set_shared_experts(values, hf, "n_shared_experts");
 }
 
-std::vector<WeightRule> layer_weights(const ModelConfig& config, int64_t layer) {
-  return moe_decoder_layer(config, layer, {});
-}
-
 }  // namespace
 
 FamilySpec glm4_moe_family() {
   return {.name = "glm4_moe",
           .model_types = {"glm4_moe"},
           .configure = configure,
-          .layer_weights = layer_weights,
+          .layer_weights = usual_moe_decoder_layer,
           .documentation = "GLM-4.5, 4.6 and 4.7 (the layers of multi-token prediction are not loaded)",
           .hf_defaults = {{"rms_norm_eps", 1e-5},
                           {"max_position_embeddings", 131072},

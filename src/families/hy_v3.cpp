@@ -7,8 +7,7 @@ namespace {
 constexpr const char* kFile = "config.json";
 
 void configure(Json& values, const Json& hf) {
-  const bool attention = json_bool(hf, "attention_bias", false, kFile);
-  set_biases(values, attention, attention, json_bool(hf, "mlp_bias", false, kFile));
+  set_attention_biases(values, hf, json_bool(hf, "mlp_bias", false, kFile));
   values["qk_layernorm"] = true;
   set_sigmoid_router(values);
   set_layers_behind_dense_ones(values, hf);

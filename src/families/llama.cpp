@@ -5,9 +5,7 @@ namespace mcore_bridge {
 namespace {
 
 void configure(Json& values, const Json& hf) {
-  // attention_bias puts a bias on all four projections.
-  const bool attention = json_bool(hf, "attention_bias", false, "config.json");
-  set_biases(values, attention, attention, json_bool(hf, "mlp_bias", false, "config.json"));
+  set_attention_biases(values, hf, json_bool(hf, "mlp_bias", false, "config.json"));
 }
 
 }  // namespace

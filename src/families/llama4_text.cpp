@@ -9,8 +9,7 @@ namespace {
 constexpr const char* kFile = "config.json";
 
 void configure(Json& values, const Json& hf) {
-  const bool attention = json_bool(hf, "attention_bias", false, kFile);
-  set_biases(values, attention, attention, false);
+  set_attention_biases(values, hf);
   values["rotary_interleaved"] = true;
   values["qk_layernorm"] = false;
   values["qk_l2_norm"] = json_bool(hf, "use_qk_norm", true, kFile);

@@ -7,21 +7,6 @@ namespace {
 
 using Init = WeightRule::Init;
 
-/// "x.weight" -> "x.bias"; a stacked tensor "x" -> "x_bias".
-std::string bias_name(std::string name) {
-  if (!name.ends_with(".weight")) return name + "_bias";
-  return name.replace(name.size() - 6, 6, "bias");
-}
-
-WeightRule bias_of(WeightRule matrix) {
-  matrix.name.replace(matrix.name.size() - 6, 6, "bias");
-  for (auto& name : matrix.hf) name = bias_name(std::move(name));
-  matrix.cols = 0;
-  if (matrix.shard == Shard::kRow) matrix.shard = Shard::kReplicated;  // one rank adds it
-  matrix.init = Init::kZero;
-  return matrix;
-}
-
 void add_experts(std::vector<WeightRule>& rules, const ModelConfig& config, const MoeNames& names) {
   const bool stacked = names.stacked != MoeNames::Stacked::kNo;
   const ExpertLayout layout{.total = *config.num_moe_experts, .grouped = true, .stacked = stacked};
@@ -48,21 +33,8 @@ void add_experts(std::vector<WeightRule>& rules, const ModelConfig& config, cons
 }
 
 void add_shared_experts(std::vector<WeightRule>& rules, const ModelConfig& config, const MoeNames& names) {
-  const auto width = config.shared_expert_size();
-  rules.push_back({.name = "mlp.shared_experts.linear_fc1.weight",
-                   .hf = {names.shared + ".gate_proj.weight", names.shared + ".up_proj.weight"},
-                   .rows = 2 * width,
-                   .cols = config.hidden_size,
-                   .shard = Shard::kColumn,
-                   .fuse = Fuse::kGateUp});
-  if (config.add_mlp_bias) rules.push_back(bias_of(rules.back()));
-  rules.push_back({.name = "mlp.shared_experts.linear_fc2.weight",
-                   .hf = {names.shared + ".down_proj.weight"},
-                   .rows = config.hidden_size,
-                   .cols = width,
-                   .shard = Shard::kRow,
-                   .init = Init::kScaledNormal});
-  if (config.add_mlp_bias) rules.push_back(bias_of(rules.back()));
+  for (auto& rule : gated_mlp_matrices(config, "mlp.shared_experts", names.shared, config.shared_expert_size()))
+    rules.push_back(std::move(rule));
   if (!config.moe_shared_expert_gate) return;
   rules.push_back(
       {.name = "mlp.shared_experts.gate_weight", .hf = {names.shared_gate}, .rows = 1, .cols = config.hidden_size});
@@ -73,9 +45,9 @@ void add_shared_experts(std::vector<WeightRule>& rules, const ModelConfig& confi
 std::vector<WeightRule> moe_rules(const ModelConfig& config, const MoeNames& names) {
   std::vector<WeightRule> rules = {
       {.name = "pre_mlp_layernorm.weight",
-       .hf = {names.norm},
+       .hf = {"post_attention_layernorm.weight"},
        .rows = config.hidden_size,
-       .init = config.layernorm_zero_centered_gamma ? Init::kZero : Init::kOne},
+       .init = norm_init(config)},
       {.name = "mlp.router.weight", .hf = {names.router}, .rows = *config.num_moe_experts, .cols = config.hidden_size}};
   if (config.add_bias_linear) rules.push_back(bias_of(rules.back()));
   if (config.moe_router_enable_expert_bias) {
@@ -93,16 +65,13 @@ std::vector<WeightRule> moe_rules(const ModelConfig& config, const MoeNames& nam
 
 std::vector<WeightRule> moe_decoder_layer(const ModelConfig& config, int64_t layer, const MoeNames& names) {
   auto rules = gqa_attention_rules(config);
-  auto block = config.is_moe_layer(layer) ? moe_rules(config, names) : gated_mlp_rules(config);
-  for (auto& rule : block) {
-    if (!config.is_moe_layer(layer)) {
-      for (auto& name : rule.hf) {
-        if (name.starts_with("mlp.")) name.replace(0, 3, names.dense);
-      }
-    }
-    rules.push_back(std::move(rule));
-  }
+  auto block = config.is_moe_layer(layer) ? moe_rules(config, names) : gated_mlp_rules(config, names.dense);
+  for (auto& rule : block) rules.push_back(std::move(rule));
   return rules;
+}
+
+std::vector<WeightRule> usual_moe_decoder_layer(const ModelConfig& config, int64_t layer) {
+  return moe_decoder_layer(config, layer, {});
 }
 
 }  // namespace mcore_bridge

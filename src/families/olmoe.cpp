@@ -4,19 +4,12 @@
 namespace mcore_bridge {
 namespace {
 
-constexpr const char* kFile = "config.json";
-
 void configure(Json& values, const Json& hf) {
-  const bool attention = json_bool(hf, "attention_bias", false, kFile);
-  set_biases(values, attention, attention, false);
+  set_attention_biases(values, hf);
   values["qk_layernorm"] = true;
   values["qk_layernorm_whole"] = true;
   values["moe_ffn_hidden_size"] = values.at("ffn_hidden_size");
   set_window_on_all_layers(values, hf);
-}
-
-std::vector<WeightRule> layer_weights(const ModelConfig& config, int64_t layer) {
-  return moe_decoder_layer(config, layer, {});
 }
 
 }  // namespace
@@ -25,7 +18,7 @@ FamilySpec olmoe_family() {
   return {.name = "olmoe",
           .model_types = {"olmoe"},
           .configure = configure,
-          .layer_weights = layer_weights,
+          .layer_weights = usual_moe_decoder_layer,
           .documentation = "OLMoE",
           .hf_defaults = {{"rms_norm_eps", 1e-5},
                           {"max_position_embeddings", 4096},

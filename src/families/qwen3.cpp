@@ -6,8 +6,7 @@ namespace {
 
 void configure(Json& values, const Json& hf) {
   values["qk_layernorm"] = true;
-  const bool attention = json_bool(hf, "attention_bias", false, "config.json");
-  set_biases(values, attention, attention, false);
+  set_attention_biases(values, hf);
   set_window_on_some_layers(values, hf);
 }
 

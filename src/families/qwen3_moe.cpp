@@ -8,14 +8,9 @@ constexpr const char* kFile = "config.json";
 
 void configure(Json& values, const Json& hf) {
   values["qk_layernorm"] = true;
-  const bool attention = json_bool(hf, "attention_bias", false, kFile);
-  set_biases(values, attention, attention, false);
+  set_attention_biases(values, hf);
   if (json_bool(hf, "use_sliding_window", false, kFile)) set_window_on_all_layers(values, hf);
   set_sparse_step_layers(values, hf);
-}
-
-std::vector<WeightRule> layer_weights(const ModelConfig& config, int64_t layer) {
-  return moe_decoder_layer(config, layer, {});
 }
 
 }  // namespace
@@ -24,7 +19,7 @@ FamilySpec qwen3_moe_family() {
   return {.name = "qwen3_moe",
           .model_types = {"qwen3_moe"},
           .configure = configure,
-          .layer_weights = layer_weights,
+          .layer_weights = usual_moe_decoder_layer,
           .documentation = "Qwen3 mixture-of-experts models (30B-A3B, 235B-A22B, Coder)",
           .hf_defaults = {{"rms_norm_eps", 1e-6},
                           {"max_position_embeddings", 32768},

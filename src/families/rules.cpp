@@ -8,20 +8,21 @@ namespace {
 
 using Init = WeightRule::Init;
 
+}  // namespace
+
 Init norm_init(const ModelConfig& config) { return config.layernorm_zero_centered_gamma ? Init::kZero : Init::kOne; }
 
-/// The bias that goes with a matrix rule.
 WeightRule bias_of(WeightRule matrix) {
-  auto swap = [](std::string& name) { name.replace(name.size() - 6, 6, "bias"); };
-  swap(matrix.name);
-  for (auto& name : matrix.hf) swap(name);
+  auto bias = [](std::string name) {
+    return name.ends_with(".weight") ? name.replace(name.size() - 6, 6, "bias") : name + "_bias";
+  };
+  matrix.name = bias(std::move(matrix.name));
+  for (auto& name : matrix.hf) name = bias(std::move(name));
   matrix.cols = 0;
   if (matrix.shard == Shard::kRow) matrix.shard = Shard::kReplicated;  // added once, after the sum over ranks
   matrix.init = Init::kZero;
   return matrix;
 }
-
-}  // namespace
 
 std::vector<WeightRule> gqa_attention_rules(const ModelConfig& config) {
   const HeadLayout heads{config.num_attention_heads, config.query_groups(), config.head_dim()};
@@ -67,25 +68,31 @@ std::vector<WeightRule> gqa_attention_rules(const ModelConfig& config) {
   return rules;
 }
 
-std::vector<WeightRule> gated_mlp_rules(const ModelConfig& config) {
-  std::vector<WeightRule> rules = {{.name = "mlp.linear_fc1.layer_norm_weight",
-                                    .hf = {"post_attention_layernorm.weight"},
-                                    .rows = config.hidden_size,
-                                    .init = norm_init(config)},
-                                   {.name = "mlp.linear_fc1.weight",
-                                    .hf = {"mlp.gate_proj.weight", "mlp.up_proj.weight"},
-                                    .rows = 2 * config.ffn_hidden_size,
+std::vector<WeightRule> gated_mlp_matrices(const ModelConfig& config, const std::string& name, const std::string& hf,
+                                           int64_t width) {
+  std::vector<WeightRule> rules = {{.name = name + ".linear_fc1.weight",
+                                    .hf = {hf + ".gate_proj.weight", hf + ".up_proj.weight"},
+                                    .rows = 2 * width,
                                     .cols = config.hidden_size,
                                     .shard = Shard::kColumn,
                                     .fuse = Fuse::kGateUp}};
   if (config.add_mlp_bias) rules.push_back(bias_of(rules.back()));
-  rules.push_back({.name = "mlp.linear_fc2.weight",
-                   .hf = {"mlp.down_proj.weight"},
+  rules.push_back({.name = name + ".linear_fc2.weight",
+                   .hf = {hf + ".down_proj.weight"},
                    .rows = config.hidden_size,
-                   .cols = config.ffn_hidden_size,
+                   .cols = width,
                    .shard = Shard::kRow,
                    .init = Init::kScaledNormal});
   if (config.add_mlp_bias) rules.push_back(bias_of(rules.back()));
+  return rules;
+}
+
+std::vector<WeightRule> gated_mlp_rules(const ModelConfig& config, const std::string& hf) {
+  std::vector<WeightRule> rules = {{.name = "mlp.linear_fc1.layer_norm_weight",
+                                    .hf = {"post_attention_layernorm.weight"},
+                                    .rows = config.hidden_size,
+                                    .init = norm_init(config)}};
+  for (auto& rule : gated_mlp_matrices(config, "mlp", hf, config.ffn_hidden_size)) rules.push_back(std::move(rule));
   return rules;
 }
 

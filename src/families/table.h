@@ -27,6 +27,8 @@ FamilySpec deepseek_family();
 
 /// Which linear layers have a bias, whatever the common key table made of the config's flags.
 void set_biases(Json& values, bool qkv, bool attention_proj, bool mlp);
+/// As `attention_bias` says, on q, k, v and o, and `mlp` in the MLP.
+void set_attention_biases(Json& values, const Json& hf, bool mlp = false);
 /// `sliding_window` on every layer; null: none.
 void set_window_on_all_layers(Json& values, const Json& hf);
 /// Experts in the layers of which `sparse` is true.

@@ -45,10 +45,6 @@ cuda::Gated arguments(const at::Tensor& x, Activation activation) {
           .x = pointer(x)};
 }
 
-}  // namespace
-
-namespace {
-
 /// The halves as they enter the product: gate before its activation, up with its offset.
 struct Halves {
   at::Tensor gate, up;

@@ -5,6 +5,8 @@
 
 #include <atomic>
 
+#include "layers/weight_gradients.h"
+
 namespace mcore_bridge {
 namespace {
 
@@ -34,19 +36,18 @@ at::Tensor Fp8Linear::reference(const at::Tensor& x, Slot slot, bool split) {
   return amax;
 }
 
-Fp8Pair Fp8Linear::quantize(const at::Tensor& x, Slot slot, bool split, Fp8Quantization how) {
+Fp8Pair Fp8Linear::quantize(const at::Tensor& x, Slot slot, bool split, Fp8Quantization how, at::Tensor* scaled_for) {
   how.format = slot == kGradient && options_.hybrid ? at::kFloat8_e5m2 : at::kFloat8_e4m3fn;
   how.scaling = scaling();
-  if (how.scaling == Fp8Scaling::kTensor && !how.reference.defined()) {
-    if (options_.recipe == Fp8Recipe::kDelayed && options_.history->known()) {
-      how.reference = options_.history->reference(options_.first_slot + slot);
-      if (training_) how.amax = options_.history->next(options_.first_slot + slot);
-    } else {
-      how.reference = reference(x, slot, split && options_.tp.size() > 1);
-    }
-  } else if (slot == kWeight) {
-    how.scaling = Fp8Scaling::kBlocks;
+  if (how.scaling != Fp8Scaling::kTensor) {
+    if (slot == kWeight) how.scaling = Fp8Scaling::kBlocks;
+  } else if (options_.recipe == Fp8Recipe::kDelayed && options_.history->known()) {
+    how.reference = options_.history->reference(options_.first_slot + slot);
+    if (training_) how.amax = options_.history->next(options_.first_slot + slot);
+  } else {
+    how.reference = reference(x, slot, split && options_.tp.size() > 1);
   }
+  if (scaled_for) *scaled_for = how.reference;
   return fp8_quantize(x, how);
 }
 
@@ -73,15 +74,7 @@ at::Tensor Fp8Linear::product(const at::Tensor& x, int64_t columns) const {
 
 at::Tensor Fp8Linear::forward(const at::Tensor& x, const at::Tensor& w, const at::Tensor& addend, at::Tensor* amax) {
   const at::NoGradGuard no_grad;
-  Fp8Quantization how;
-  if (scaling() == Fp8Scaling::kTensor) {
-    const bool delayed = options_.recipe == Fp8Recipe::kDelayed && options_.history->known();
-    *amax = delayed ? options_.history->reference(options_.first_slot + kInput)
-                    : reference(x, kInput, !options_.column && options_.tp.size() > 1);
-    how.reference = *amax;
-    if (delayed && training_) how.amax = options_.history->next(options_.first_slot + kInput);
-  }
-  const auto quantised = quantize(x, kInput, !options_.column, how);
+  const auto quantised = quantize(x, kInput, !options_.column, {}, amax);
   return fp8_matmul(quantised.straight, weight(w, false), x.size(0), x.scalar_type(), addend);
 }
 
@@ -98,6 +91,12 @@ at::Tensor Fp8Linear::input_gradient(const Fp8Matrix& dy, int64_t rows, const at
 Fp8Matrix Fp8Linear::turned_input(const at::Tensor& x, const at::Tensor& amax) {
   const at::NoGradGuard no_grad;
   return fp8_quantize(x, {.scaling = scaling(), .straight = false, .turned = true, .reference = amax}).turned;
+}
+
+at::Tensor fp8_weight_gradient(const at::Tensor& weight, const Fp8Matrix& dy, const Fp8Matrix& x) {
+  return WeightGradients::now_or_later(weight, [dy, x, dtype = weight.scalar_type(), out = weight.size(0)] {
+    return fp8_matmul(dy, x, out, dtype, {});
+  });
 }
 
 }  // namespace mcore_bridge

@@ -68,7 +68,8 @@ class Fp8Linear {
   enum Slot { kInput, kWeight, kGradient };
   /// The magnitude to scale for; raises the history.
   at::Tensor reference(const at::Tensor& x, Slot slot, bool split);
-  Fp8Pair quantize(const at::Tensor& x, Slot slot, bool split, Fp8Quantization how);
+  /// `scaled_for`: takes the magnitude that the scale is for, where one serves the whole tensor.
+  Fp8Pair quantize(const at::Tensor& x, Slot slot, bool split, Fp8Quantization how, at::Tensor* scaled_for = nullptr);
   Fp8Matrix weight(const at::Tensor& weight, bool turned);
 
   Fp8Options options_;
@@ -80,5 +81,8 @@ class Fp8Linear {
     bool operator==(const Stamp&) const = default;
   } stamp_;
 };
+
+/// dW from dy and x, both turned, or undefined when the schedule wants it later (layers/weight_gradients.h).
+at::Tensor fp8_weight_gradient(const at::Tensor& weight, const Fp8Matrix& dy, const Fp8Matrix& x);
 
 }  // namespace mcore_bridge

@@ -5,10 +5,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
-#include <functional>
 #include <memory>
 
-#include "kernels/cuda/graph.h"
 #include "layers/main_gradient.h"
 #include "layers/weight_gradients.h"
 
@@ -33,28 +31,20 @@ struct Holder : torch::CustomClassHolder {
   at::Tensor amax;                                  ///< FP8: what the input was scaled for
 
   /// The gradient of the weight from quantised matrices, as weight_gradient gives it.
-  at::Tensor fp8_weight_gradient(const at::Tensor& weight, const Fp8Matrix& dy, const Fp8Matrix& x) const {
-    auto product = [dy, x, dtype = weight.scalar_type(), out = weight.size(0)] {
-      return fp8_matmul(dy, x, out, dtype, {});
-    };
-    if (auto* store = WeightGradients::current()) {
-      store->add(weight, product);
-      return {};
-    }
-    if (!main[kWeight]) return product();
-    add(*main[kWeight], [dy, x](const at::Tensor& grad, bool accumulate) { fp8_accumulate(grad, dy, x, accumulate); });
+  at::Tensor weight_gradient(const at::Tensor& weight, const Fp8Matrix& dy, const Fp8Matrix& x) const {
+    if (!main[kWeight] || WeightGradients::current()) return fp8_weight_gradient(weight, dy, x);
+    contribute(*main[kWeight],
+               [dy, x](const at::Tensor& grad, bool accumulate) { fp8_accumulate(grad, dy, x, accumulate); });
     return {};
   }
 
   /// a^T b, the gradient of `parameter`: into the main gradient, or returned for autograd when there is none, or put
   /// aside.
   at::Tensor weight_gradient(size_t slot, const at::Tensor& parameter, const at::Tensor& a, const at::Tensor& b) const {
-    if (auto* store = WeightGradients::current()) {
-      store->add(parameter, [a, b] { return at::mm(a.t(), b); });
-      return {};
-    }
-    if (!main[slot]) return at::mm(a.t(), b);
-    add(*main[slot], [a, b](const at::Tensor& grad, bool accumulate) { accumulate_product(grad, a, b, accumulate); });
+    if (!main[slot] || WeightGradients::current())
+      return WeightGradients::now_or_later(parameter, [a, b] { return at::mm(a.t(), b); });
+    contribute(*main[slot],
+               [a, b](const at::Tensor& grad, bool accumulate) { accumulate_product(grad, a, b, accumulate); });
     return {};
   }
 
@@ -66,20 +56,13 @@ struct Holder : torch::CustomClassHolder {
       collect_b(at::mm(grad_y.t(), low), grad, adapter.parts, layout, adapter.scaling, accumulate);
     };
     if (main[slot]) {
-      add(*main[slot], into);
+      contribute(*main[slot], into);
       return {};
     }
     const auto r = low.size(1) / std::count(adapter.parts.begin(), adapter.parts.end(), true);
     const auto grad = at::empty({adapted_rows(adapter.parts, plan.layout), r}, low.options());
     into(grad, false);
     return grad;
-  }
-
-  /// Nothing in backward reads a main gradient, so it need not be there before backward goes on.
-  static void add(MainGradient& main, std::function<void(const at::Tensor&, bool)> into) {
-    cuda::run_beside([into = std::move(into), grad = main.grad, accumulate = !main.fresh] { into(grad, accumulate); });
-    main.fresh = false;
-    main.added = true;
   }
 };
 
@@ -297,7 +280,7 @@ struct Linear : torch::autograd::Function<Linear> {
 
     const auto x = matrix(input);
     if (wants(kWeight) && plan.fp8) {
-      result[kWeight] = holder->fp8_weight_gradient(weight, grad_fp8.turned, plan.fp8->turned_input(x, holder->amax));
+      result[kWeight] = holder->weight_gradient(weight, grad_fp8.turned, plan.fp8->turned_input(x, holder->amax));
     } else if (wants(kWeight)) {
       result[kWeight] = holder->weight_gradient(kWeight, weight, grad_y, x);
     }

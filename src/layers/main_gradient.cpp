@@ -4,6 +4,9 @@
 
 #include <mutex>
 #include <unordered_map>
+#include <utility>
+
+#include "kernels/cuda/graph.h"
 
 namespace mcore_bridge {
 namespace {
@@ -39,6 +42,12 @@ std::shared_ptr<MainGradient> main_gradient(const at::Tensor& parameter) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = gradients.find(parameter.unsafeGetTensorImpl());
   return found == gradients.end() ? nullptr : found->second;
+}
+
+void contribute(MainGradient& main, std::function<void(const at::Tensor&, bool)> into) {
+  cuda::run_beside([into = std::move(into), grad = main.grad, accumulate = !main.fresh] { into(grad, accumulate); });
+  main.fresh = false;
+  main.added = true;
 }
 
 void accumulate_product(at::Tensor sum, const at::Tensor& a, const at::Tensor& b, bool accumulate, double scaling) {

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <memory>
 
 namespace mcore_bridge {
@@ -21,6 +22,10 @@ void set_main_gradient(const at::Tensor& parameter, std::shared_ptr<MainGradient
 void clear_main_gradient(const at::Tensor& parameter, const std::shared_ptr<MainGradient>& gradient);
 /// Null when training keeps none (loops of one's own): the layer returns its gradient to autograd.
 std::shared_ptr<MainGradient> main_gradient(const at::Tensor& parameter);
+
+/// One contribution: `into`(gradient, whether to add to it or to overwrite). Nothing in backward reads a main gradient,
+/// so while a graph is recorded it need not be there before backward goes on (kernels/cuda/graph.h: run_beside).
+void contribute(MainGradient& main, std::function<void(const at::Tensor&, bool accumulate)> into);
 
 /// sum (+)= scaling * a^T b, accumulated in sum's dtype, which may be wider than a's and b's. Rows are summed over: a
 /// [n, p], b [n, q].

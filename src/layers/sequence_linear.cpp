@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "layers/given.h"
 #include "layers/overlapped_matmul.h"
 #include "layers/weight_gradients.h"
 
@@ -21,11 +22,6 @@ at::Tensor shaped(const at::Tensor& rows, const at::Tensor& like) {
   return rows.view({-1, like.size(1), rows.size(-1)});
 }
 
-/// Autograd takes no undefined tensor for an input.
-std::optional<at::Tensor> given(const at::Tensor& x) {
-  return x.defined() ? std::optional<at::Tensor>(x) : std::nullopt;
-}
-
 using Fp8Ptr = std::shared_ptr<Fp8Linear>;
 
 struct Holder : torch::CustomClassHolder {
@@ -38,23 +34,7 @@ struct Holder : torch::CustomClassHolder {
 
 /// dW = grad^T x, or undefined when the schedule wants it later.
 at::Tensor weight_gradient(const at::Tensor& weight, const at::Tensor& grad, const at::Tensor& x) {
-  if (auto* later = WeightGradients::current()) {
-    later->add(weight, [grad, x] { return at::mm(grad.t(), x); });
-    return {};
-  }
-  return at::mm(grad.t(), x);
-}
-
-/// The same of FP8 matrices, dy and x turned.
-at::Tensor weight_gradient(const at::Tensor& weight, const Fp8Matrix& dy, const Fp8Matrix& x) {
-  auto product = [dy, x, dtype = weight.scalar_type(), out = weight.size(0)] {
-    return fp8_matmul(dy, x, out, dtype, {});
-  };
-  if (auto* later = WeightGradients::current()) {
-    later->add(weight, product);
-    return {};
-  }
-  return product();
+  return WeightGradients::now_or_later(weight, [grad, x] { return at::mm(grad.t(), x); });
 }
 
 Holder& keep(AutogradContext* context, const Group& group, bool overlap, const Fp8Ptr& fp8) {
@@ -105,7 +85,7 @@ struct Gathered : Function<Gathered> {
             shaped(kept.fp8->input_gradient(dy.straight, grad.size(0), weight, {}), grads[0]));
       if (wants_weight)
         result[1] =
-            weight_gradient(weight, dy.turned, kept.fp8->turned_input(matrix(kept.group.all_gather(x)), kept.amax));
+            fp8_weight_gradient(weight, dy.turned, kept.fp8->turned_input(matrix(kept.group.all_gather(x)), kept.amax));
     } else {
       if (wants_x) result[0] = kept.group.reduce_scatter(shaped(at::mm(grad, weight), grads[0]));
       if (wants_weight) whole = matrix(kept.group.all_gather(x));
@@ -150,7 +130,8 @@ struct Scattered : Function<Scattered> {
       if (kept.fp8) {
         const auto dy = kept.fp8->gradient(whole, wants_x, wants_weight);
         if (wants_x) result[0] = shaped(kept.fp8->input_gradient(dy.straight, whole.size(0), weight, {}), grads[0]);
-        if (wants_weight) result[1] = weight_gradient(weight, dy.turned, kept.fp8->turned_input(matrix(x), kept.amax));
+        if (wants_weight)
+          result[1] = fp8_weight_gradient(weight, dy.turned, kept.fp8->turned_input(matrix(x), kept.amax));
       } else if (wants_x) {
         result[0] = shaped(at::mm(whole, weight), grads[0]);
       }

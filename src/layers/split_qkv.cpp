@@ -4,6 +4,8 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "layers/given.h"
+
 namespace mcore_bridge {
 namespace {
 
@@ -51,7 +53,6 @@ struct Split : torch::autograd::Function<Split> {
 }  // namespace
 
 Qkv split_qkv(const at::Tensor& mixed, const SplitQkvOptions& options) {
-  auto given = [](const at::Tensor& weight) { return weight.defined() ? std::optional(weight) : std::nullopt; };
   const auto out = Split::apply(mixed, given(options.q_weight), given(options.k_weight), &options);
   return {out[0], out[1], out[2]};
 }

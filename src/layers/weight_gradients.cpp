@@ -10,6 +10,8 @@
 #include <optional>
 #include <utility>
 
+#include "layers/given.h"
+
 namespace mcore_bridge {
 namespace {
 
@@ -33,18 +35,11 @@ struct SplitLinear : torch::autograd::Function<SplitLinear> {
     const auto &x = saved[0], &weight = saved[1], &bias = saved[2], &grad = grads[0];
     variable_list result(3);
     if (!grad.defined()) return result;
-    auto* store = WeightGradients::current();
-    auto later = [&](size_t index, const at::Tensor& tensor, std::function<at::Tensor()> gradient) {
-      if (!tensor.defined() || !context->needs_input_grad(index)) return;
-      if (store) {
-        store->add(tensor, std::move(gradient));
-      } else {
-        result[index] = gradient();
-      }
-    };
     if (context->needs_input_grad(0)) result[0] = at::matmul(grad, weight);
-    later(1, weight, [x, grad] { return at::mm(rows(grad).t(), rows(x)); });
-    later(2, bias, [grad] { return rows(grad).sum(0); });
+    if (context->needs_input_grad(1))
+      result[1] = WeightGradients::now_or_later(weight, [x, grad] { return at::mm(rows(grad).t(), rows(x)); });
+    if (bias.defined() && context->needs_input_grad(2))
+      result[2] = WeightGradients::now_or_later(bias, [grad] { return rows(grad).sum(0); });
     return result;
   }
 };
@@ -53,12 +48,18 @@ struct SplitLinear : torch::autograd::Function<SplitLinear> {
 
 at::Tensor linear_map(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
   const bool trains = weight.requires_grad() || (bias.defined() && bias.requires_grad());
-  const auto given = bias.defined() ? std::optional(bias) : std::nullopt;
-  if (splitting.load() > 0 && trains && at::GradMode::is_enabled()) return SplitLinear::apply(x, weight, given);
-  return at::linear(x, weight, given);
+  if (splitting.load() > 0 && trains && at::GradMode::is_enabled()) return SplitLinear::apply(x, weight, given(bias));
+  return at::linear(x, weight, given(bias));
 }
 
 WeightGradients* WeightGradients::current() { return deferred.load(); }
+
+at::Tensor WeightGradients::now_or_later(const at::Tensor& tensor, std::function<at::Tensor()> gradient) {
+  auto* later = current();
+  if (!later) return gradient();
+  later->add(tensor, std::move(gradient));
+  return {};
+}
 
 void WeightGradients::add(at::Tensor tensor, std::function<at::Tensor()> gradient) {
   const std::lock_guard lock(mutex_);

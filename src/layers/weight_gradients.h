@@ -17,6 +17,8 @@ class WeightGradients {
  public:
   /// Where a backward pass that runs now has to put them; null: it computes them itself.
   static WeightGradients* current();
+  /// `gradient`() now, or undefined and put aside when the backward pass that runs wants it later. As add().
+  static at::Tensor now_or_later(const at::Tensor& tensor, std::function<at::Tensor()> gradient);
 
   /// `gradient` computes what backward adds to `tensor`, a parameter or something computed from parameters.
   void add(at::Tensor tensor, std::function<at::Tensor()> gradient);

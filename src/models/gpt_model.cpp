@@ -150,18 +150,19 @@ AttentionInput GPTModel::attention_input(const ForwardInput& input) const {
             " does not support; use shorter documents or context_parallel_size 1");
   if (chunks && !input.attention_mask.defined())
     result.chunks = in_chunks(ends, *config_.attention_chunk_size, device_);
-  auto natural = [&] {
-    const auto positions = default_positions(input, batch, whole, device_);
-    return cp.size() > 1 ? zigzag_slice(positions, 1, ends, cp.size(), cp.rank()) : positions;
-  };
+  at::Tensor places;  // in the row
+  if (config_.attn_scale || (rope_ && !input.position_ids.defined())) {
+    places = default_positions(input, batch, whole, device_);
+    if (cp.size() > 1) places = zigzag_slice(places, 1, ends, cp.size(), cp.rank());
+  }
   if (rope_) {
-    const auto positions = input.position_ids.defined() ? input.position_ids : natural();
+    const auto& positions = input.position_ids.defined() ? input.position_ids : places;
     MCB_CHECK(positions.dim() == 2 && positions.size(1) == length, "forward: position_ids is ", positions.sizes(),
               ", expected [", batch, ", ", length, "]", cp.size() > 1 ? ": this rank's part of the positions" : "");
     result.rope = rope_->table(positions, input.packed ? input.packed->max_seqlen : whole);
   }
   if (config_.attn_scale) {  // by the place in the row, as Transformers has it, whatever position_ids say
-    const auto steps = ((natural().t().to(at::kFloat) + 1) / config_.floor_scale).floor_();
+    const auto steps = ((places.t().to(at::kFloat) + 1) / config_.floor_scale).floor_();
     result.query_scale =
         (steps.log1p_() * *config_.attn_scale + 1).to(config_.params_dtype).unsqueeze(-1).unsqueeze(-1);
   }

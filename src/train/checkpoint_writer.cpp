@@ -5,6 +5,7 @@
 #include <set>
 
 #include "bridge/atomic_folder.h"
+#include "bridge/tensor_encoder.h"
 #include "bridge/tensor_files.h"
 #include "core/crc32c.h"
 #include "mcore_bridge/error.h"
@@ -87,7 +88,7 @@ struct CheckpointWriter::State {
   void plan_weights(const std::vector<HfTensor>& whole) {
     const auto dtype = trainer.chunks().at(0)->config().params_dtype;
     std::vector<c10::ScalarType> dtypes;
-    for (const auto& tensor : whole) dtypes.push_back(tensor.float32 ? c10::ScalarType::Float : dtype);
+    for (const auto& tensor : whole) dtypes.push_back(plain_dtype(tensor, dtype));
     auto& set = sets.emplace_back("", options.peft_format ? "adapter_model" : "model", stored_as(whole, dtypes),
                                   options.max_shard_bytes);
     // Replicas hold the same: they take turns.

@@ -3,19 +3,11 @@
 #include <cmath>
 #include <regex>
 
+#include "core/one_of.h"
 #include "mcore_bridge/error.h"
 
 namespace mcore_bridge {
 namespace {
-
-void one_of(const char* field, const std::string& value, std::initializer_list<const char*> allowed) {
-  std::string list;
-  for (const auto* word : allowed) {
-    if (value == word) return;
-    list += (list.empty() ? "" : ", ") + std::string(word);
-  }
-  fail(field, ": '", value, "' is not one of ", list);
-}
 
 void check_combinations(const OptimizerOptions& o) {
   const bool muon = o.optimizer == "muon" || o.optimizer == "dist_muon";

@@ -8,18 +8,14 @@ import pytest
 import tiny
 import torch
 from launch import HERE, environment, launch
-from safetensors.torch import load_file, save_file
-
-
-def tensors_of(folder):
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+from safetensors.torch import save_file
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     work = tmp_path_factory.mktemp("bridge")
     tiny.save("qwen3", work / "model")
-    base = tensors_of(work / "model")
+    base = tiny.stored(work / "model")
     changed = {"old." + name: tensor for name, tensor in base.items()}
     query = "old.model.layers.0.self_attn.q_proj.weight"
     changed[query] = changed[query].t().contiguous()
@@ -72,12 +68,12 @@ def test_converters(results):
     expected = {"new." + name: tensor for name, tensor in base.items() if name != "model.norm.weight"}
     up = "new.model.layers.1.mlp.up_proj.weight"
     expected[up] = expected[up].t().double().contiguous()
-    same(tensors_of(work / "converted_out"), expected)
+    same(tiny.stored(work / "converted_out"), expected)
 
 
 def test_shards_in_any_unit(results):
     _, base, work = results
-    same(tensors_of(work / "plain_out"), base)
+    same(tiny.stored(work / "plain_out"), base)
     assert len(list((work / "plain_out").glob("model-*.safetensors"))) > 2
 
 
@@ -113,7 +109,7 @@ except OSError as error:
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system, which takes root")
 def test_a_full_disk_keeps_the_old_state(tmp_path):
     tiny.save("qwen3", tmp_path / "model")
-    base = tensors_of(tmp_path / "model")
+    base = tiny.stored(tmp_path / "model")
     size = sum(tensor.nbytes for tensor in base.values())
     (tmp_path / "disk").mkdir()
     (tmp_path / "script.py").write_text(FULL_DISK)
@@ -134,7 +130,7 @@ def test_a_full_disk_keeps_the_old_state(tmp_path):
     lines = finished.stdout.split("\n")
     assert any(line.startswith("ERROR") and "model.safetensors" in line and "No space" in line for line in lines), lines
     assert [line for line in lines if line and not line.startswith("ERROR")] == ["out"], "nothing is left beside it"
-    same(tensors_of(tmp_path / "kept"), base)
+    same(tiny.stored(tmp_path / "kept"), base)
 
 
 def test_memory_beyond_the_parameters_stays_small(tmp_path):
@@ -160,4 +156,4 @@ print(size >> 20, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before >>
     assert done.returncode == 0, done.stderr
     size, more = map(int, done.stdout.split())
     assert size > 300 and more < 64, f"{more} MiB for parameters of {size} MiB"
-    same(tensors_of(tmp_path / "out"), {name: tensor.float() for name, tensor in tensors_of(tmp_path / "model").items()})
+    same(tiny.stored(tmp_path / "out"), {name: tensor.float() for name, tensor in tiny.stored(tmp_path / "model").items()})

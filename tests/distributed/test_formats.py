@@ -7,15 +7,9 @@ import tiny
 import torch
 from launch import HERE, launch
 from safetensors.torch import load_file, save_file
+from tiny import stored as tensors
 
 CHANGED = "model.layers.0.mlp.down_proj.weight"
-
-
-def tensors(folder):
-    result = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        result.update(load_file(file))
-    return result
 
 
 def bits(tensor):

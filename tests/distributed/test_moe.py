@@ -121,21 +121,15 @@ def test_balance_losses_matter(results):
     assert not close(found["balance"]["norms"], found["full"]["norms"], 1e-3)
 
 
-def stored(folder):
-    from safetensors.torch import load_file
-
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
 def test_files(results):
     """Round trips are bit-identical in every layout, and saved files hold what was trained."""
     found, work = results
-    base = stored(work / "model")
+    base = tiny.stored(work / "model")
     for name, _, _ in LAYOUTS:
-        for copy in (stored(work / f"untouched-{name}"), found[f"untouched-{name}"]["weights"]):
+        for copy in (tiny.stored(work / f"untouched-{name}"), found[f"untouched-{name}"]["weights"]):
             assert copy.keys() == base.keys()
             assert all(torch.equal(copy[key], tensor) for key, tensor in base.items()), name
-        saved = stored(work / f"full-{name}")
+        saved = tiny.stored(work / f"full-{name}")
         assert all(torch.equal(saved[key], tensor) for key, tensor in found[f"full-{name}"]["weights"].items()), name
     for key, tensor in found["lora-ep2_etp2"]["weights"].items():
         assert torch.equal(tensor, base[key]), key

@@ -46,10 +46,6 @@ def argv(work, output, *more, dtype="float32", steps=STEPS):
     ]  # fmt: skip
 
 
-def weights(folder):
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-
-
 def state(folder):
     return {
         f"{path.stem.split('-0')[0]}/{name}": tensor
@@ -111,7 +107,7 @@ def test_same_layout_bit_for_bit(work):
         parts = [step for part in ("first", "second", "third") for step in results[f"{name}-{part}"]["steps"]]
         assert parts == results[f"{name}-whole"]["steps"], "losses, gradient norms, learning rates and rows"
         whole, resumed = work / f"{name}-whole/checkpoint-6", work / f"{name}-parts/checkpoint-6"
-        same_bits(weights(whole), weights(resumed))
+        same_bits(tiny.stored(whole), tiny.stored(resumed))
         same_bits(state(whole), state(resumed))
         texts = [json.loads((folder / "training_state/state.json").read_text()) for folder in (whole, resumed)]
         for key in ("step", "consumed_samples", "consumed_tokens", "lr", "data", "recent_losses", "first_loss", "optimizer"):
@@ -127,7 +123,7 @@ def test_same_layout_bit_for_bit(work):
     # bf16 weights: the masters are theirs, rounded.
     saved = work / "full-bf16-whole/checkpoint-6"
     masters = {key.split("/")[1]: value for key, value in state(saved).items() if key.startswith("master/")}
-    same_bits(weights(saved), {name: tensor.bfloat16() for name, tensor in masters.items()})
+    same_bits(tiny.stored(saved), {name: tensor.bfloat16() for name, tensor in masters.items()})
     assert {key.split("/")[0] for key in state(saved)} == {"master", "exp_avg", "exp_avg_sq"}
     assert not any(path.name.startswith(".") for path in (work / "full-bf16-parts").iterdir())
     text = json.loads((saved / "training_state/state.json").read_text())
@@ -185,7 +181,7 @@ def check_other_layouts(work, variants, layouts, sources):
             for step, expected in zip(steps, whole):
                 assert step[0] == pytest.approx(expected[0], rel=1e-5) and step[1] == pytest.approx(expected[1], rel=1e-4)
             end = work / f"{variant}-{source}-to-{name}/checkpoint-6"
-            close(weights(end), weights(reference))
+            close(tiny.stored(end), tiny.stored(reference))
             close(state(end), state(reference), 2e-4)
 
 
@@ -269,9 +265,9 @@ def test_layout_matrix(tmp_path, variant):
             for step, other in zip(steps, reference):
                 assert step[0] == pytest.approx(other[0], rel=1e-5) and step[1] == pytest.approx(other[1], rel=1e-4), name
         assert again[f"{name}-same"]["steps"] == whole[name]["steps"][3:], name
-        same_bits(weights(work / name / end), weights(work / f"{name}-same" / end))
+        same_bits(tiny.stored(work / name / end), tiny.stored(work / f"{name}-same" / end))
         same_bits(state(work / name / end), state(work / f"{name}-same" / end))
-        close(weights(work / f"{name}-other" / end), weights(work / "one" / end))
+        close(tiny.stored(work / f"{name}-other" / end), tiny.stored(work / "one" / end))
         close(state(work / f"{name}-other" / end), state(work / "one" / end), 2e-4)
 
 
@@ -372,7 +368,7 @@ def test_restarts_of_torchrun_go_on_by_themselves(work):
     result = jobs(work, "restart", 2, job, torchrun=["--max-restarts=1"])["restart"]
     # The checkpoint of step 3 was not asked for yet: only what was whole before the kill counts.
     assert result["start"] == 2 and result["steps"] == whole["steps"][2:]
-    same_bits(weights(work / "restart-whole/checkpoint-6"), weights(work / "restart/checkpoint-6"))
+    same_bits(tiny.stored(work / "restart-whole/checkpoint-6"), tiny.stored(work / "restart/checkpoint-6"))
     # Killed before its first checkpoint, a run begins where it began, whatever an older run has left in the folder.
     shutil.copytree(work / "restart-whole/checkpoint-6", work / "early/checkpoint-5")
     command = argv(work, "early", "--resume_from_checkpoint", work / "restart-whole/checkpoint-2")
@@ -444,11 +440,12 @@ def test_spikes_are_recorded_skipped_or_end_the_run(work):
         rows = [[row["row"] for row in entry["rows"]] for entry in bad]
         assert sorted(rows[0]) == [row for _, row in results[name]["steps"][0][3]]
     assert "is a spike" in results["stop"]["error"] and "stop" in results["stop"]["error"]
-    start = weights(work / "model")
+    start = tiny.stored(work / "model")
     same_bits(
-        weights(work / "spike-skip/checkpoint-6"), {name: start[name] for name in weights(work / "spike-skip/checkpoint-6")}
+        tiny.stored(work / "spike-skip/checkpoint-6"),
+        {name: start[name] for name in tiny.stored(work / "spike-skip/checkpoint-6")},
     )
-    assert not torch.equal(weights(work / "spike-warn/checkpoint-6")["model.norm.weight"], start["model.norm.weight"]), (
+    assert not torch.equal(tiny.stored(work / "spike-warn/checkpoint-6")["model.norm.weight"], start["model.norm.weight"]), (
         "only a warning"
     )
 

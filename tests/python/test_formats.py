@@ -8,14 +8,8 @@ import pytest
 import tiny
 import torch
 from mcore_bridge.bridge import convert_checkpoint, diff_checkpoints
-from safetensors.torch import load_file, save_file
-
-
-def tensors(folder):
-    result = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        result.update(load_file(file))
-    return result
+from safetensors.torch import save_file
+from tiny import stored as tensors
 
 
 def raw(tensor):

@@ -1,7 +1,5 @@
 """LoRA against PEFT: same logits, same gradients, files opened both ways."""
 
-import json
-
 import mcore_bridge as mb
 import peft
 import pytest
@@ -40,11 +38,6 @@ def engine(folder, options):
     return config, models
 
 
-def save_adapter(config, models, out, base):
-    content = config.bridge.peft_adapter_config(models, "default", str(base))
-    config.bridge.save_weights(models, out, peft_format=True, extra_files={"adapter_config.json": json.dumps(content).encode()})
-
-
 def open_in_peft(folder, adapter, trainable=False):
     from transformers import AutoModelForCausalLM
 
@@ -55,7 +48,7 @@ def open_in_peft(folder, adapter, trainable=False):
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_adapter_opens_in_peft(folder, kind, tmp_path):
     config, models = engine(folder, OPTIONS[kind])
-    save_adapter(config, models, tmp_path / "adapter", folder)
+    tiny.save_adapter(config, models, tmp_path / "adapter", folder)
     peft_model = open_in_peft(folder, tmp_path / "adapter", trainable=True)
     ids, labels = tiny.rows(2, 20)
     expected = peft_model(ids).logits
@@ -110,7 +103,7 @@ def test_peft_adapter_loads_here(folder, tmp_path):
     ids, _ = tiny.rows(2, 20)
     with torch.no_grad():
         assert tiny.relative(models[0](ids), peft_model(ids).logits) < 2e-5
-    save_adapter(config, models, tmp_path / "again", folder)
+    tiny.save_adapter(config, models, tmp_path / "again", folder)
     before, after = (
         load_file(tmp_path / "adapter/adapter_model.safetensors"),
         load_file(tmp_path / "again/adapter_model.safetensors"),
@@ -182,7 +175,7 @@ def test_bad_options(folder, options, text):
 
 def test_bad_adapter_files(folder, tmp_path):
     config, models = engine(folder, OPTIONS["all_linear"])
-    save_adapter(config, models, tmp_path / "adapter", folder)
+    tiny.save_adapter(config, models, tmp_path / "adapter", folder)
     file = tmp_path / "adapter/adapter_model.safetensors"
     tensors = load_file(file)
     name = next(key for key in tensors if "v_proj.lora_B" in key)

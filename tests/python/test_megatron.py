@@ -14,16 +14,9 @@ import torch.distributed.checkpoint as dcp
 from mcore_bridge.megatron import convert as megatron_convert
 from mcore_bridge.megatron import from_megatron, load_megatron, locate, to_megatron
 from mcore_bridge.megatron.dcp import Chunk, write_chunks
-from safetensors.torch import load_file
+from tiny import stored as tensors
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-
-def tensors(folder):
-    result = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        result.update(load_file(file))
-    return result
 
 
 def config_of(folder, dtype="float32", **more):

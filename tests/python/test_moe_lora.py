@@ -1,6 +1,5 @@
 """Adapters on experts: as PEFT sees them, merged, frozen base."""
 
-import json
 import warnings
 
 import mcore_bridge as mb
@@ -38,18 +37,12 @@ def adapted(family, folder, **overrides):
     return hf_model, config, model
 
 
-def save_adapter(config, model, folder, base):
-    content = config.bridge.peft_adapter_config([model], "default", str(base))
-    extra = {"adapter_config.json": json.dumps(content).encode()}
-    config.bridge.save_weights([model], folder, peft_format=True, extra_files=extra)
-
-
 @pytest.mark.parametrize("family", ADAPTERS)
 def test_opens_in_peft(family, tmp_path):
     hf_model, config, model = adapted(family, tmp_path / "base", **ADAPTERS[family])
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        save_adapter(config, model, tmp_path / "adapter", tmp_path / "base")
+        tiny.save_adapter(config, [model], tmp_path / "adapter", tmp_path / "base")
     ids, labels = tiny.rows(2, 20)
     base = hf_model(ids).logits.detach()
     expected = peft.PeftModel.from_pretrained(hf_model, tmp_path / "adapter").eval()(ids).logits
@@ -74,7 +67,7 @@ def test_says_when_peft_cannot(family, tmp_path):
     """PEFT with Transformers 5 takes gate_proj, up_proj and down_proj for the experts' only; with Transformers 4 it opens all."""
     hf_model, config, model = adapted(family, tmp_path / "base", **MIXED[family])
     with pytest.warns(UserWarning, match="merge_lora"):
-        save_adapter(config, model, tmp_path / "adapter", tmp_path / "base")
+        tiny.save_adapter(config, [model], tmp_path / "adapter", tmp_path / "base")
     if tiny.TRANSFORMERS_4:
         ids, _ = tiny.rows(2, 20)
         expected = peft.PeftModel.from_pretrained(hf_model, tmp_path / "adapter").eval()(ids).logits

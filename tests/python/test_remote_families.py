@@ -6,18 +6,14 @@ import mcore_bridge as mb
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 LOGITS, GRADIENTS = 2e-5, 1e-4
 
 
-def written(folder):
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
 def rewrite(source, target, config, rename):
     target.mkdir()
-    tensors = rename(written(source))
+    tensors = rename(tiny.stored(source))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / "model.safetensors")
     (target / "config.json").write_text(json.dumps({**json.loads((source / "config.json").read_text()), **config}))
 
@@ -118,6 +114,6 @@ def test_equals_its_twin(family, tmp_path):
         if router in ours:
             assert tiny.relative(ours[router].grad, twin_layer.mlp.gate.weight.grad) < GRADIENTS
     config.bridge.save_weights([model], tmp_path / "saved")
-    saved, original = written(tmp_path / "saved"), written(tmp_path / "model")
+    saved, original = tiny.stored(tmp_path / "saved"), tiny.stored(tmp_path / "model")
     assert saved.keys() == original.keys()
     assert all(torch.equal(saved[name], tensor) for name, tensor in original.items())

@@ -1,7 +1,12 @@
 """Tiny random Transformers models, with every parameter randomised and sizes that differ wherever the family allows it."""
 
+import json
+from copy import deepcopy
+from pathlib import Path
+
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
@@ -170,19 +175,27 @@ def save(name, folder, max_shard_size="60KB", **overrides):
     return model
 
 
+def stored(folder):
+    """{name: tensor} of all safetensors files in a folder."""
+    return {name: tensor for file in sorted(Path(folder).glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def save_adapter(config, models, folder, base):
+    """adapter_model.safetensors and adapter_config.json, as PEFT opens them."""
+    content = config.bridge.peft_adapter_config(models, "default", str(base))
+    config.bridge.save_weights(
+        models, folder, peft_format=True, extra_files={"adapter_config.json": json.dumps(content).encode()}
+    )
+
+
 def on_disk(model, values, folder):
     """{name in Transformers' files: tensor} of one value per parameter of the model, through Transformers' own conversion."""
-    from copy import deepcopy
-    from pathlib import Path
-
-    from safetensors.torch import load_file
-
     other = deepcopy(model)
     with torch.no_grad():
         for name, parameter in other.named_parameters():
             parameter.copy_(values[name])
     other.save_pretrained(folder)
-    return {name: tensor for file in Path(folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return stored(folder)
 
 
 def rows(batch, length, seed=0):

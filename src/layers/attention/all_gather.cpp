@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "layers/attention/plan_holder.h"
+#include "layers/given.h"
 
 namespace mcore_bridge {
 namespace {
@@ -57,7 +58,7 @@ struct AllGather : Function<AllGather> {
 
 at::Tensor all_gather_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                 const ContextPlanPtr& plan, bool window, const at::Tensor& sinks) {
-  return AllGather::apply(q, k, v, sinks.defined() ? std::optional(sinks) : std::nullopt, &plan, window);
+  return AllGather::apply(q, k, v, given(sinks), &plan, window);
 }
 
 }  // namespace mcore_bridge

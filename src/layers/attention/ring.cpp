@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "layers/attention/plan_holder.h"
+#include "layers/given.h"
 #include "parallel/travelling.h"
 
 namespace mcore_bridge {
@@ -72,7 +73,7 @@ struct Ring : Function<Ring> {
 
 at::Tensor ring_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const ContextPlanPtr& plan,
                           bool window, const at::Tensor& sinks) {
-  return Ring::apply(q, k, v, sinks.defined() ? std::optional(sinks) : std::nullopt, &plan, window);
+  return Ring::apply(q, k, v, given(sinks), &plan, window);
 }
 
 }  // namespace mcore_bridge

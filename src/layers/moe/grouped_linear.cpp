@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "layers/given.h"
 #include "layers/main_gradient.h"
 #include "layers/weight_gradients.h"
 #include "mcore_bridge/error.h"
@@ -120,27 +121,21 @@ struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
     const ExpertRows groups{saved[2], context->saved_data["host"].toIntVector(), context->saved_data["tail"].toBool()};
     const auto grad = grads[0].contiguous();
     variable_list result(6);
-    auto later = [&](size_t index, const at::Tensor& tensor, std::function<at::Tensor()> gradient) {
-      if (!tensor.defined() || !context->needs_input_grad(index)) return;
-      if (auto* store = WeightGradients::current()) {
-        store->add(tensor, std::move(gradient));
-      } else {
-        result[index] = gradient();
-      }
-    };
     if (context->needs_input_grad(0)) result[0] = product(grad, weight, {}, groups);
-    const auto holder = context->saved_data.find("main");
-    if (holder != context->saved_data.end() && !WeightGradients::current() && context->needs_input_grad(1)) {
-      const auto capsule = holder->second.toCapsule();
-      auto& main = *static_cast<const MainHolder*>(capsule.get())->main;
-      const auto gradient = weight_gradient(grad, x, weight, groups);
-      main.fresh ? main.grad.copy_(gradient) : main.grad.add_(gradient);
-      main.fresh = false;
-      main.added = true;
-    } else {
-      later(1, weight, [=] { return weight_gradient(grad, x, weight, groups); });
+    if (context->needs_input_grad(1)) {
+      auto gradient = [=] { return weight_gradient(grad, x, weight, groups); };
+      const auto holder = context->saved_data.find("main");
+      if (holder == context->saved_data.end() || WeightGradients::current()) {
+        result[1] = WeightGradients::now_or_later(weight, gradient);
+      } else {
+        const auto capsule = holder->second.toCapsule();
+        contribute(*static_cast<const MainHolder*>(capsule.get())->main, [=](const at::Tensor& sum, bool accumulate) {
+          accumulate ? sum.add_(gradient()) : sum.copy_(gradient());
+        });
+      }
     }
-    later(2, bias, [=] { return bias_gradient(grad, bias, groups); });
+    if (bias.defined() && context->needs_input_grad(2))
+      result[2] = WeightGradients::now_or_later(bias, [=] { return bias_gradient(grad, bias, groups); });
     return result;
   }
 };
@@ -157,8 +152,7 @@ at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const a
                           const ExpertRows& groups) {
   MCB_CHECK(x.dim() == 2 && weight.dim() == 3 && x.size(1) == weight.size(2), "grouped_linear: ", x.sizes(),
             " rows and ", weight.sizes(), " matrices do not fit");
-  return GroupedLinear::apply(x, weight, bias.defined() ? std::optional(bias) : std::nullopt, groups.ends, groups.host,
-                              groups.tail);
+  return GroupedLinear::apply(x, weight, given(bias), groups.ends, groups.host, groups.tail);
 }
 
 }  // namespace mcore_bridge

@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "layers/given.h"
+
 namespace mcore_bridge {
 namespace {
 
@@ -105,8 +107,7 @@ at::Tensor permute_tokens(const at::Tensor& x, const Permutation& p) {
 }
 
 at::Tensor unpermute_tokens(const at::Tensor& rows, const at::Tensor& weights, const Permutation& p) {
-  return Unpermute::apply(rows, weights.defined() ? std::optional(weights) : std::nullopt, p.order, p.inverse, p.topk,
-                          p.padded);
+  return Unpermute::apply(rows, given(weights), p.order, p.inverse, p.topk, p.padded);
 }
 
 at::Tensor by_row(const at::Tensor& places, const Permutation& p) {

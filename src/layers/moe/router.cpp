@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "layers/given.h"
 #include "mcore_bridge/error.h"
 
 namespace mcore_bridge {
@@ -167,8 +168,7 @@ void Router::drop(Output& output) const {
 
 Router::Output Router::forward(const at::Tensor& x_sbh, double loss_share) {
   const auto x = x_sbh.flatten(0, 1);
-  const auto bias = bias_.defined() ? std::optional<at::Tensor>(bias_) : std::nullopt;
-  auto logits = Logits::apply(x, weight_, bias, compute_dtype_);
+  auto logits = Logits::apply(x, weight_, given(bias_), compute_dtype_);
   if (logits.scalar_type() != at::kDouble) logits = logits.to(at::kFloat);
   const auto scores = router_scores(logits, options_);
   Output output{weighted_by_scores(scores, choose(logits, scores), options_)};
