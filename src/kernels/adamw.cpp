@@ -54,8 +54,11 @@ void run_kernel(const AdamWTensors& t, const AdamWScalars& scalars, const at::Te
 }  // namespace
 
 bool fused_adamw_takes(const std::vector<at::Tensor>& entry) {
+  auto half = at::kFloat;  // the one half precision among them
   return std::all_of(entry.begin(), entry.end(), [&](const at::Tensor& tensor) {
-    return tensor.scalar_type() == at::kFloat || (kernel_type(tensor) && kernel_type(entry[0]));
+    if (tensor.scalar_type() == at::kFloat) return true;
+    if (half == at::kFloat) half = tensor.scalar_type();
+    return kernel_type(tensor) && kernel_type(entry[0]) && tensor.scalar_type() == half;
   });
 }
 

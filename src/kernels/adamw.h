@@ -9,7 +9,7 @@ namespace mcore_bridge {
 
 /// Lists of equal length; tensors of one entry have equally many elements and are contiguous.
 struct AdamWTensors {
-  std::vector<at::Tensor> masters, grads, exp_avgs, exp_avg_sqs;  ///< fp32; on a GPU any may be bf16 or fp16
+  std::vector<at::Tensor> masters, grads, exp_avgs, exp_avg_sqs;  ///< fp32; on a GPU any may be bf16, or any fp16
   std::vector<at::Tensor>
       parameters;  ///< what models compute with, written from the master; undefined: the master is it
 };
@@ -18,7 +18,7 @@ struct AdamWScalars {
   double lr = 0, beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, weight_decay = 0;
 };
 
-/// Whether fused_adamw takes one entry's master, gradient and moments in the precisions they have.
+/// Whether fused_adamw takes one entry's master, gradient, moments and parameter in the precisions they have.
 bool fused_adamw_takes(const std::vector<at::Tensor>& entry);
 
 /// One update. Device scalars in fp32, so that the host does not wait: `grad_scale` divides gradients (clipping),

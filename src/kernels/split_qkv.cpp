@@ -42,7 +42,7 @@ std::optional<cuda::Type> split_type(const at::Tensor& mixed, const SplitQkvOpti
   if (o.q_weight.defined() && o.q_weight.scalar_type() != mixed.scalar_type()) return std::nullopt;
   if (!o.cos.defined()) return type;
   const auto half = o.cos.size(-1);
-  const bool fits = o.interleaved || half % (o.d / 32) == 0;
+  const bool fits = o.interleaved || half % (o.d / 16) == 0;  // 16 lanes hold a head
   return fits && o.cos.scalar_type() == mixed.scalar_type() ? type : std::nullopt;
 }
 

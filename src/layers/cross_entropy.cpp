@@ -92,10 +92,11 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
     // Low precision sums over chunks in fp32.
     const auto wide = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     const auto main = wants_weight ? main_gradient(weight) : nullptr;
+    const bool direct = main && main->grad.scalar_type() == wide;
     at::Tensor grad_x, grad_weight;
     if (wants_x) grad_x = at::empty(x.sizes(), x.options());
-    if (wants_weight) grad_weight = main ? main->grad : at::empty(weight.sizes(), weight.options().dtype(wide));
-    bool fresh = !main || main->fresh;
+    if (wants_weight) grad_weight = direct ? main->grad : at::empty(weight.sizes(), weight.options().dtype(wide));
+    bool fresh = !direct || main->fresh;
     auto loss = at::zeros({}, x.options().dtype(at::kDouble));
     const auto step = chunk_rows(rows, local * x.element_size());
     const auto buffer = at::empty({step, local}, x.options());
@@ -122,6 +123,7 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
     }
     if (wants_x) grad_x = grad_x.view(input.sizes());
     if (main) {
+      if (!direct) main->fresh ? main->grad.copy_(grad_weight) : main->grad.add_(grad_weight);
       main->fresh = false;
       grad_weight.reset();
     }

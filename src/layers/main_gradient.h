@@ -1,5 +1,5 @@
-// Where training keeps the fp32 gradient of a low-precision parameter, so that a layer's backward adds to it directly:
-// the weight-gradient product accumulates in fp32 and no low-precision gradient exists in between.
+// Where training keeps a parameter's gradient, so that a layer's backward adds to it directly: the weight-gradient
+// product accumulates into it, in fp32 also for low-precision parameters, and no gradient exists in between.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,7 +10,7 @@
 namespace mcore_bridge {
 
 struct MainGradient {
-  at::Tensor grad;     ///< fp32, the parameter's shape
+  at::Tensor grad;     ///< the parameter's shape; fp32 unless main_grads_dtype says otherwise
   bool fresh = true;   ///< holds nothing yet: the next contribution overwrites it
   bool added = false;  ///< a layer has added to it since this was last looked at
 };

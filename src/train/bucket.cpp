@@ -71,7 +71,6 @@ Bucket::Bucket(const BucketLayout& layout, const std::vector<const ManagedParame
   } else {
     grads_ = at::zeros({elements_}, grad_options_);
     grad_shard_ = grads_.narrow(0, begin_, shard_elements_);
-    if (accumulates_in_place()) return;
     for (const auto& entry : entries_)
       main_.push_back(std::make_shared<MainGradient>(MainGradient{.grad = grad_view(entry)}));
   }
@@ -87,11 +86,7 @@ void Bucket::zero_gradients() {
     main->fresh = true;
     main->added = false;
   }
-  if (main_.empty()) (shards_gradients() ? grad_shard_ : grads_).zero_();
-}
-
-bool Bucket::accumulates_in_place() const {
-  return !shards_gradients() && entries_.front().parameter->tensor.scalar_type() == grads_.scalar_type();
+  if (shards_gradients()) grad_shard_.zero_();
 }
 
 at::Tensor Bucket::grad_view(const Entry& entry) const {

@@ -54,10 +54,8 @@ class Bucket {
   const at::Tensor& grad_shard() const { return grad_shard_; }    ///< the same of reduced gradients
 
   // Gradients. Without sharding of gradients each parameter's share of the flat buffer is `grad_view`.
-  /// Before the step's first backward: zero, or marked so that the first contribution overwrites what is there.
+  /// Before the step's first backward: marked so that the first contribution overwrites what is there; sharded: zero.
   void zero_gradients();
-  /// Autograd may add to the buffer in place.
-  bool accumulates_in_place() const;
   at::Tensor grad_view(const Entry& entry) const;
   /// Adds what autograd left in the parameter's .grad, if anything, and drops that.
   void take(const Entry& entry);
@@ -89,9 +87,8 @@ class Bucket {
   int64_t elements_ = 0, shard_elements_ = 0, begin_ = 0;
   at::Tensor params_, param_shard_, grads_, grad_shard_;
   at::TensorOptions grad_options_;
-  std::vector<std::shared_ptr<MainGradient>>
-      main_;            ///< by entry; empty where autograd accumulates or gradients are sharded
-  at::Tensor reduced_;  ///< this rank's part of a reduction under way (sharded gradients)
+  std::vector<std::shared_ptr<MainGradient>> main_;  ///< by entry; empty when gradients are sharded
+  at::Tensor reduced_;                               ///< this rank's part of a reduction under way (sharded gradients)
   std::shared_ptr<Group::Pending> reducing_, gathering_;
   bool reduce_started_ = false, in_place_ = true;
 };

@@ -86,7 +86,10 @@ class AdamW : public UpdateRule {
     });
   }
   bool writes_parameter(const Segment& segment) const override {
-    return segment.has_copy() && !segment.on_host && fused_adamw_takes(row_of(segment));
+    if (!segment.has_copy() || segment.on_host) return false;
+    auto tensors = row_of(segment);
+    tensors.push_back(segment.parameter);
+    return fused_adamw_takes(tensors);
   }
 
  private:

@@ -94,7 +94,6 @@ void ParameterBuffers::connect() {
     auto& bucket = *buckets_[b];
     if (!bucket.trainable()) continue;
     bucket.register_main_gradients(true);
-    if (bucket.accumulates_in_place() && !options_.overlap_grad_reduce) continue;  // nobody wants to know
     for (size_t e = 0; e < bucket.entries().size(); ++e) {
       torch::autograd::impl::set_post_acc_grad_hooks(bucket.entries()[e].parameter->tensor,
                                                      std::make_unique<Hook>(this, b, e));
@@ -123,14 +122,7 @@ void ParameterBuffers::begin(int micro_batches) {
     bucket.zero_gradients();
     std::fill(arrived_[b].begin(), arrived_[b].end(), 0);
     missing_[b] = arrived_[b].size();
-    for (const auto& entry : bucket.entries()) {
-      auto tensor = entry.parameter->tensor;
-      if (bucket.accumulates_in_place()) {
-        tensor.mutable_grad() = bucket.grad_view(entry);
-      } else {
-        tensor.mutable_grad().reset();
-      }
-    }
+    for (const auto& entry : bucket.entries()) entry.parameter->tensor.mutable_grad().reset();
   }
 }
 
@@ -154,7 +146,7 @@ void ParameterBuffers::arrived(size_t b, size_t e) {
   // Late gradients would be lost: the sums of this bucket are under way.
   MCB_CHECK(b >= launched_ || !options_.overlap_grad_reduce, "overlap_grad_reduce: ", entry.parameter->name,
             " got a gradient after its bucket was reduced; train without overlap_grad_reduce and report this model");
-  if (!bucket.accumulates_in_place()) bucket.take(entry);
+  bucket.take(entry);
   if (++arrived_[b][e] == micro_batches_) --missing_[b];
   if (!options_.overlap_grad_reduce) return;
   // In the order of the buckets, which is the same on all ranks.

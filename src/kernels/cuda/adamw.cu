@@ -1,4 +1,6 @@
 // AdamW of many tensors in one launch: gradient, moments, master and the low-precision copy in one pass.
+#include <algorithm>
+
 #include "vector.cuh"
 
 namespace mcore_bridge::cuda {
@@ -34,132 +36,76 @@ struct Update {
   }
 };
 
-template <class T>
+/// Elements of one access: 16 bytes of the widest type.
+template <class... T>
+constexpr int kWide = 16 / std::max({sizeof(T)...});
+
+template <class Master, class Grad, class First, class Second, class Low>
 __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__ AdamW p) {
+  constexpr int N = kWide<Master, Grad, First, Second>;
   if (*p.skip != 0.f) return;
   const Share share(p);
   const Update update(p);
-  const auto first = share.first, end = share.end;
-  auto *master = static_cast<float*>(p.master[share.tensor]), *exp_avg = static_cast<float*>(p.exp_avg[share.tensor]),
-       *exp_avg_sq = static_cast<float*>(p.exp_avg_sq[share.tensor]);
-  const auto* grad = static_cast<const float*>(p.grad[share.tensor]);
-  auto* parameter = static_cast<T*>(p.parameter[share.tensor]);
-  const bool aligned = ((reinterpret_cast<uintptr_t>(master) | reinterpret_cast<uintptr_t>(exp_avg) |
-                         reinterpret_cast<uintptr_t>(exp_avg_sq) | reinterpret_cast<uintptr_t>(grad)) %
-                            16 ==
-                        0) &&
-                       reinterpret_cast<uintptr_t>(parameter) % (4 * sizeof(T)) == 0;
-  if (!aligned) {
-    for (int64_t i = first + threadIdx.x; i < end; i += kThreads) {
-      update(master[i], grad[i], exp_avg[i], exp_avg_sq[i]);
-      if (parameter) parameter[i] = static_cast<T>(master[i]);
-    }
+  auto* master = static_cast<Master*>(p.master[share.tensor]);
+  const auto* grad = static_cast<const Grad*>(p.grad[share.tensor]);
+  auto* exp_avg = static_cast<First*>(p.exp_avg[share.tensor]);
+  auto* exp_avg_sq = static_cast<Second*>(p.exp_avg_sq[share.tensor]);
+  auto* parameter = static_cast<Low*>(p.parameter[share.tensor]);
+  auto one = [&](int64_t i) {
+    float w = master[i], g = grad[i], m = exp_avg[i], v = exp_avg_sq[i];
+    update(w, g, m, v);
+    master[i] = static_cast<Master>(w);
+    exp_avg[i] = static_cast<First>(m);
+    exp_avg_sq[i] = static_cast<Second>(v);
+    if (parameter) parameter[i] = static_cast<Low>(w);
+  };
+  const auto aligned = [](const auto* pointer) {
+    return reinterpret_cast<uintptr_t>(pointer) % (N * sizeof(*pointer)) == 0;
+  };
+  if (!(aligned(master) && aligned(grad) && aligned(exp_avg) && aligned(exp_avg_sq) && aligned(parameter))) {
+    for (int64_t i = share.first + threadIdx.x; i < share.end; i += kThreads) one(i);
     return;
   }
-  for (int64_t i = first + threadIdx.x * 4; i < end; i += kThreads * 4) {
-    if (i + 4 <= end) {
-      float w[4], g[4], m[4], v[4];
-      load<float, 4>(master + i, w);
-      load<float, 4>(grad + i, g);
-      load<float, 4>(exp_avg + i, m);
-      load<float, 4>(exp_avg_sq + i, v);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) update(w[j], g[j], m[j], v[j]);
-      store<float, 4>(master + i, w);
-      store<float, 4>(exp_avg + i, m);
-      store<float, 4>(exp_avg_sq + i, v);
-      if (parameter) store<T, 4>(parameter + i, w);
-    } else {
-      for (int64_t j = i; j < end; ++j) {
-        update(master[j], grad[j], exp_avg[j], exp_avg_sq[j]);
-        if (parameter) parameter[j] = static_cast<T>(master[j]);
-      }
+#pragma unroll 2
+  for (int64_t i = share.first + threadIdx.x * N; i < share.end; i += kThreads * N) {
+    if (i + N > share.end) {
+      for (; i < share.end; ++i) one(i);
+      return;
     }
-  }
-}
-
-constexpr int kWide = 8;
-
-/// Eight elements from `at` on, of which `count` are there.
-template <class T>
-__device__ __forceinline__ void read_as(const void* from, int64_t at, int64_t count, float (&to)[kWide]) {
-  constexpr int kPart = 16 / sizeof(T);
-  const auto* values = static_cast<const T*>(from) + at;
-  if (count >= kWide && reinterpret_cast<uintptr_t>(values) % 16 == 0) {
+    float w[N], g[N], m[N], v[N];
+    load<Master, N>(master + i, w);
+    load<Grad, N>(grad + i, g);
+    load<First, N>(exp_avg + i, m);
+    load<Second, N>(exp_avg_sq + i, v);
 #pragma unroll
-    for (int i = 0; i < kWide; i += kPart) {
-      float part[kPart];
-      load<T, kPart>(values + i, part);
-#pragma unroll
-      for (int j = 0; j < kPart; ++j) to[i + j] = part[j];
-    }
-  } else {
-    for (int i = 0; i < kWide; ++i) to[i] = i < count ? static_cast<float>(values[i]) : 0.f;
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void write_as(void* where, int64_t at, int64_t count, const float (&from)[kWide]) {
-  constexpr int kPart = 16 / sizeof(T);
-  auto* values = static_cast<T*>(where) + at;
-  if (count >= kWide && reinterpret_cast<uintptr_t>(values) % 16 == 0) {
-#pragma unroll
-    for (int i = 0; i < kWide; i += kPart) {
-      float part[kPart];
-#pragma unroll
-      for (int j = 0; j < kPart; ++j) part[j] = from[i + j];
-      store<T, kPart>(values + i, part);
-    }
-  } else {
-    for (int i = 0; i < kWide && i < count; ++i) values[i] = static_cast<T>(from[i]);
-  }
-}
-
-__device__ __forceinline__ void read(const void* from, Type type, int64_t at, int64_t count, float (&to)[kWide]) {
-  if (type == Type::kFloat) return read_as<float>(from, at, count, to);
-  if (type == Type::kBFloat16) return read_as<__nv_bfloat16>(from, at, count, to);
-  read_as<__half>(from, at, count, to);
-}
-
-__device__ __forceinline__ void write(void* where, Type type, int64_t at, int64_t count, const float (&from)[kWide]) {
-  if (type == Type::kFloat) return write_as<float>(where, at, count, from);
-  if (type == Type::kBFloat16) return write_as<__nv_bfloat16>(where, at, count, from);
-  write_as<__half>(where, at, count, from);
-}
-
-/// Any precision of any of them; the branches are alike for the whole launch.
-__global__ void __launch_bounds__(kThreads) adamw_mixed_kernel(const __grid_constant__ AdamW p, AdamWTypes types) {
-  if (*p.skip != 0.f) return;
-  const Share share(p);
-  const Update update(p);
-  const auto tensor = share.tensor;
-  for (int64_t i = share.first + threadIdx.x * kWide; i < share.end; i += kThreads * kWide) {
-    const auto count = share.end - i;
-    float w[kWide], g[kWide], m[kWide], v[kWide];
-    read(p.master[tensor], types.master, i, count, w);
-    read(p.grad[tensor], types.grad, i, count, g);
-    read(p.exp_avg[tensor], types.exp_avg, i, count, m);
-    read(p.exp_avg_sq[tensor], types.exp_avg_sq, i, count, v);
-#pragma unroll
-    for (int j = 0; j < kWide; ++j) update(w[j], g[j], m[j], v[j]);
-    write(p.master[tensor], types.master, i, count, w);
-    write(p.exp_avg[tensor], types.exp_avg, i, count, m);
-    write(p.exp_avg_sq[tensor], types.exp_avg_sq, i, count, v);
-    if (p.parameter[tensor]) write(p.parameter[tensor], types.parameter, i, count, w);
+    for (int j = 0; j < N; ++j) update(w[j], g[j], m[j], v[j]);
+    store<Master, N>(master + i, w);
+    store<First, N>(exp_avg + i, m);
+    store<Second, N>(exp_avg_sq + i, v);
+    if (parameter) store<Low, N>(parameter + i, w);
   }
 }
 
 }  // namespace
 
 void adamw(const AdamW& p, const AdamWTypes& types, Stream stream) {
-  const auto blocks = p.first_block[p.count];
-  if (types == AdamWTypes{.parameter = types.parameter}) {
-    with_type(types.parameter, [&](auto zero) {
-      adamw_kernel<decltype(zero)><<<blocks, kThreads, 0, native(stream)>>>(p);
+  const auto launch = [&](auto half) {
+    using Half = decltype(half);
+    const auto either = [](Type type, auto f) { type == Type::kFloat ? f(float{}) : f(Half{}); };
+    either(types.master, [&](auto master) {
+      either(types.grad, [&](auto grad) {
+        either(types.exp_avg, [&](auto first) {
+          either(types.exp_avg_sq, [&](auto second) {
+            either(types.parameter, [&](auto low) {
+              adamw_kernel<decltype(master), decltype(grad), decltype(first), decltype(second), decltype(low)>
+                  <<<p.first_block[p.count], kThreads, 0, native(stream)>>>(p);
+            });
+          });
+        });
+      });
     });
-  } else {
-    adamw_mixed_kernel<<<blocks, kThreads, 0, native(stream)>>>(p, types);
-  }
+  };
+  types.has(Type::kHalf) ? launch(__half{}) : launch(__nv_bfloat16{});
   check_launch("adamw");
 }
 

@@ -55,7 +55,7 @@ struct SplitQkv {
   float epsilon;
   bool zero_centered;
 };
-/// Head widths the kernels take: 32 lanes hold a head.
+/// Head widths the kernels take: 16 lanes hold a head.
 constexpr bool split_qkv_width(int64_t d) { return d == 64 || d == 128 || d == 256; }
 void split_qkv_forward(const SplitQkv& p, Type type, Stream stream);
 
@@ -109,6 +109,20 @@ struct LoraB {
 void expand_b(const LoraB& p, Type type, Stream stream);
 void collect_b(const LoraB& p, Type from, Type to, Stream stream);
 
+/// Tokens to the rows of their places and back: see kernels/permute_rows.h.
+struct PermuteRows {
+  int64_t tokens, rows, columns;
+  int topk;
+  const int64_t* row_of_place;  ///< [tokens, topk]; `rows` and beyond: none
+  const float* weights;         ///< [tokens, topk]; null: 1
+  const void* x;                ///< spread: tokens; combine: rows
+  void* out;                    ///< the other; spread: may be null
+  const void* against;          ///< spread, with products: [rows, columns]
+  float* products;              ///< [tokens, topk]: each token times that row; null: not asked for
+};
+void spread_rows(const PermuteRows& p, Type type, Stream stream);
+void combine_rows(const PermuteRows& p, Type type, Stream stream);
+
 /// AdamW over a list of tensors in one launch per kMaxTensors of them.
 struct AdamW {
   static constexpr int kMaxTensors = 48;
@@ -122,10 +136,14 @@ struct AdamW {
   float lr, beta1, beta2, epsilon, weight_decay;
 };
 constexpr int64_t kAdamWBlock = 4096;  ///< elements a block updates
+/// fp32, or all of those that are not the same half precision.
 struct AdamWTypes {
   Type master = Type::kFloat, grad = Type::kFloat, exp_avg = Type::kFloat, exp_avg_sq = Type::kFloat,
        parameter = Type::kFloat;
   bool operator==(const AdamWTypes&) const = default;
+  bool has(Type type) const {
+    return master == type || grad == type || exp_avg == type || exp_avg_sq == type || parameter == type;
+  }
 };
 void adamw(const AdamW& p, const AdamWTypes& types, Stream stream);
 

@@ -20,5 +20,7 @@ void cross_entropy_gradient(const CrossEntropy&, Type, Stream) { missing(); }
 void cross_entropy_both(const CrossEntropy&, Type, Stream) { missing(); }
 void expand_b(const LoraB&, Type, Stream) { missing(); }
 void collect_b(const LoraB&, Type, Type, Stream) { missing(); }
+void spread_rows(const PermuteRows&, Type, Stream) { missing(); }
+void combine_rows(const PermuteRows&, Type, Stream) { missing(); }
 void adamw(const AdamW&, const AdamWTypes&, Stream) { missing(); }
 }  // namespace mcore_bridge::cuda

@@ -108,8 +108,8 @@ DispatchFootprint Dispatcher::footprint(const DispatchLoad& load) const {
   const auto order = kIndex * (result.permuted + (capacity > 0 ? 1 : 0)), inverse = kIndex * result.places;
   if (on_input) {
     if (load.weights_grad) saved += result.permuted * row;
-    if (load.input_grad) saved += result.permuted * load.element + inverse;
-    if (result.output_grad) saved += order;
+    if (load.input_grad) saved += result.permuted * load.element;
+    if (result.output_grad) saved += order + inverse;
   } else if (result.output_grad) {
     cost.offloaded = result.permuted * row;
     saved += result.permuted * row + result.places * load.weight_element + order + inverse;

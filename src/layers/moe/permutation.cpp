@@ -12,70 +12,41 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-/// Rows of `x` by index; with padding an index beyond the last row means a zero row.
-at::Tensor take_rows(const at::Tensor& x, const at::Tensor& index, bool padded) {
-  if (!padded) return x.index_select(0, index);
-  auto sizes = x.sizes().vec();
-  sizes[0] = 1;
-  return at::cat({x, at::zeros(sizes, x.options())}).index_select(0, index);
+/// A permutation as an autograd context keeps it; `tensors` are what the backward reads of it.
+void keep(AutogradContext* context, const Permutation& p, variable_list tensors) {
+  context->saved_data["topk"] = p.topk;
+  context->saved_data["padded"] = p.padded;
+  context->save_for_backward(std::move(tensors));
 }
-
-/// The token of each row of `order`; t for rows without a place.
-at::Tensor token_of_rows(const at::Tensor& order, int64_t topk) { return order.div(topk, "floor"); }
-
-/// [n, h] rows -> [t, k, h] in the order of the places.
-at::Tensor by_place(const at::Tensor& rows, const at::Tensor& inverse, int64_t topk, bool padded) {
-  return take_rows(rows, inverse, padded).view({inverse.size(0) / topk, topk, rows.size(1)});
+Permutation kept(AutogradContext* context, at::Tensor order, at::Tensor inverse) {
+  return {std::move(order), std::move(inverse), context->saved_data["topk"].toInt(),
+          context->saved_data["padded"].toBool()};
 }
 
 struct Permute : torch::autograd::Function<Permute> {
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& order,
-                            const at::Tensor& inverse, int64_t topk, bool padded) {
-    context->save_for_backward({inverse});
-    context->saved_data["topk"] = topk;
-    context->saved_data["padded"] = padded;
-    return take_rows(x, token_of_rows(order, topk), padded);
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const Permutation* p) {
+    keep(context, *p, {p->order, p->inverse});
+    return spread_rows(x, {}, *p);
   }
   static variable_list backward(AutogradContext* context, variable_list grads) {
-    const auto inverse = context->get_saved_variables()[0];
-    const auto places =
-        by_place(grads[0], inverse, context->saved_data["topk"].toInt(), context->saved_data["padded"].toBool());
-    return {places.sum(1), Variable(), Variable(), Variable(), Variable()};
+    const auto saved = context->get_saved_variables();
+    return {combine_rows(grads[0], {}, kept(context, saved[0], saved[1])), Variable()};
   }
 };
 
 struct Unpermute : torch::autograd::Function<Unpermute> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& rows, const std::optional<at::Tensor>& weights,
-                            const at::Tensor& order, const at::Tensor& inverse, int64_t topk, bool padded) {
-    context->saved_data["topk"] = topk;
-    context->saved_data["padded"] = padded;
-    const auto places = by_place(rows, inverse, topk, padded);
-    if (!weights) {
-      context->save_for_backward({order});
-      return places.sum(1);
-    }
-    context->save_for_backward({order, inverse, rows, *weights});
-    // A batched [1, k] x [k, h] product: no [t, k, h] copy of the weighted rows.
-    return at::bmm(weights->to(rows.scalar_type()).unsqueeze(1), places).squeeze(1);
+                            const Permutation* p) {
+    keep(context, *p, {p->order, p->inverse, weights ? rows : at::Tensor(), weights.value_or(at::Tensor())});
+    return combine_rows(rows, weights.value_or(at::Tensor()), *p);
   }
   static variable_list backward(AutogradContext* context, variable_list grads) {
     const auto saved = context->get_saved_variables();
-    const auto topk = context->saved_data["topk"].toInt();
-    const bool padded = context->saved_data["padded"].toBool();
-    const auto& order = saved[0];
-    variable_list result(6);
-    const bool weighted = saved.size() > 1;
-    if (weighted && context->needs_input_grad(1)) {
-      const auto products = at::bmm(by_place(saved[2], saved[1], topk, padded), grads[0].unsqueeze(2)).squeeze(2);
-      result[1] = products.to(saved[3].scalar_type());
-    }
-    if (!context->needs_input_grad(0)) return result;
-    result[0] = take_rows(grads[0], token_of_rows(order, topk), padded);
-    if (weighted) {
-      const auto weights = take_rows(saved[3].flatten(), order, padded);
-      result[0].mul_(weights.unsqueeze(1).to(result[0].scalar_type()));
-    }
-    return result;
+    const auto p = kept(context, saved[0], saved[1]);
+    const bool rows = context->needs_input_grad(0);
+    if (!saved[3].defined()) return {rows ? spread_rows(grads[0], {}, p) : at::Tensor(), Variable(), Variable()};
+    const auto back = combine_rows_backward(grads[0], saved[2], saved[3], p, rows, context->needs_input_grad(1));
+    return {back.rows, back.weights, Variable()};
   }
 };
 
@@ -102,16 +73,12 @@ Permutation padded_permutation(const at::Tensor& experts, int64_t count, int64_t
   return {order.contiguous(), inverse, experts.size(1), true};
 }
 
-at::Tensor permute_tokens(const at::Tensor& x, const Permutation& p) {
-  return Permute::apply(x, p.order, p.inverse, p.topk, p.padded);
-}
+at::Tensor permute_tokens(const at::Tensor& x, const Permutation& p) { return Permute::apply(x, &p); }
 
 at::Tensor unpermute_tokens(const at::Tensor& rows, const at::Tensor& weights, const Permutation& p) {
-  return Unpermute::apply(rows, given(weights), p.order, p.inverse, p.topk, p.padded);
+  return Unpermute::apply(rows, given(weights), &p);
 }
 
-at::Tensor by_row(const at::Tensor& places, const Permutation& p) {
-  return take_rows(places.flatten(), p.order, p.padded);
-}
+at::Tensor by_row(const at::Tensor& places, const Permutation& p) { return take_places(places.flatten(), p); }
 
 }  // namespace mcore_bridge

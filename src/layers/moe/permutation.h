@@ -1,18 +1,11 @@
-// Rows of tokens in the order of their experts, and back.
+// The order of experts for rows of tokens, and autograd for the way there and back.
 //
 // Shapes: t tokens, k experts per token, t * k places; n rows; h hidden.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include "kernels/permute_rows.h"
 
 namespace mcore_bridge {
-
-struct Permutation {
-  at::Tensor order;    ///< int64 [n]: the place each row comes from; t * k: none, the row is zero
-  at::Tensor inverse;  ///< int64 [t * k]: the row of each place; n: none, the place was dropped
-  int64_t topk = 1;
-  bool padded = false;  ///< there may be rows without a place and places without a row
-};
 
 /// Places sorted by expert, stably: n = t * k. experts: int64 [t, k]; a dropped place holds a number above every
 /// expert's and comes last.
