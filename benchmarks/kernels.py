@@ -1,6 +1,6 @@
-"""FP8 kernels and products, packed attention: their rates on this GPU beside the floor.
+"""FP8 kernels and products, packed attention, kernels bound by memory: their rates on this GPU beside the floor.
 
-    python benchmarks/kernels.py [fp8] [attention]
+    python benchmarks/kernels.py [fp8] [attention] [memory]
 
 Medians of CUDA events over distinct inputs. Bytes: each input read once, each output written once. Attention FLOPs: causal, halved,
 by document; backward 2.5 times forward."""
@@ -91,7 +91,49 @@ def attention():
         print(f"| {documents} | {window} | {' | '.join(cells)} |")
 
 
+def memory():
+    """What moves bytes and computes next to nothing."""
+    bf16 = dict(device="cuda", dtype=torch.bfloat16)
+
+    def line(name, bytes_moved, work):
+        time = milliseconds(work)
+        print(f"| {name} | {time:.3f} ms | {bytes_moved / time / 1e9:.2f} TB/s |")
+
+    print("\n| kernel | | |\n|---|---|---|")
+    tokens, d = 8192, 128
+    for heads, groups in ((32, 8), (16, 8), (32, 4)):
+        mixed = [torch.randn(tokens, 1, (heads + 2 * groups) * d, **bf16) for _ in range(4)]
+        cos, sin = (torch.rand(tokens, 1, 1, d // 2, **bf16) for _ in range(2))
+        weights = [torch.ones(d, **bf16) for _ in range(2)]
+        options = (groups, heads // groups, d, cos, sin, False, *weights, 1e-6)
+        grads = [torch.randn(tokens, 1, n, d, **bf16) for n in (heads, groups, groups)]
+        size = mixed[0].numel() * 2
+        rotated = tokens * (heads + groups) * d * 2
+        line(f"q/k norm and rotation, {heads}/{groups} heads", 2 * rotated,
+             lambda i: kernels.split_qkv_forward(mixed[i % 4], *options, True))  # fmt: skip
+        line("the same, backward", 2 * size + rotated, lambda i: kernels.split_qkv_backward(*grads, mixed[i % 4], *options))
+    hidden, topk = 2048, 8
+    places = tokens * topk
+    order = torch.randperm(places, device="cuda")
+    permutation = kernels.Permutation(order, order.argsort(), topk, False)
+    x, rows = torch.randn(tokens, hidden, **bf16), torch.randn(places, hidden, **bf16)
+    weights = torch.rand(tokens, topk, device="cuda")
+    one, all_places = tokens * hidden * 2, places * hidden * 2
+    line("tokens to 8 rows each", one + all_places, lambda i: kernels.spread_rows(x, None, permutation))
+    line("weighted rows to tokens", one + all_places, lambda i: kernels.combine_rows(rows, weights, permutation))
+    line("the same, backward", one + 2 * all_places, lambda i: kernels.combine_rows_backward(x, rows, weights, permutation))
+    number = 1 << 28
+    for name, dtypes in (("fp32, bf16 parameters", [torch.float32] * 4), ("all bf16", [torch.bfloat16] * 4)):
+        state = [torch.zeros(number, device="cuda", dtype=dtype) for dtype in dtypes]
+        copies = [torch.zeros(number, **bf16)] if dtypes[0] == torch.float32 else [None]
+        scalar = [torch.tensor(value, device="cuda") for value in (1.0, 0.0, 1.0)]
+        moved = number * (7 * dtypes[0].itemsize + (2 if copies[0] is not None else 0))
+        line(f"AdamW, {name}", moved,
+             lambda i: kernels.fused_adamw(*[[each] for each in state], copies, 1e-3, 0.9, 0.95, 1e-8, 0.1, *scalar))  # fmt: skip
+        line(f"squared norm, {name}", number * dtypes[0].itemsize, lambda i: kernels.squared_norm([state[0]]))
+
+
 if __name__ == "__main__":
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
-    for name in sys.argv[1:] or ["fp8", "attention"]:
-        {"fp8": fp8, "attention": attention}[name]()
+    for name in sys.argv[1:] or ["fp8", "attention", "memory"]:
+        {"fp8": fp8, "attention": attention, "memory": memory}[name]()

@@ -6,8 +6,10 @@
 #include "kernels/fp8.h"
 #include "kernels/gated_activation.h"
 #include "kernels/lora_b.h"
+#include "kernels/permute_rows.h"
 #include "kernels/rms_norm.h"
 #include "kernels/split_qkv.h"
+#include "kernels/squared_norm.h"
 #include "layers/activation.h"
 #include "layers/attention/core_attention.h"
 #include "layers/linear_function.h"
@@ -59,6 +61,25 @@ Fp8Matrix fp8_matrix(const Fp8Tensors& tensors, const std::string& scaling) {
   return {tensors.first, tensors.second, parse_scaling(scaling)};
 }
 
+void init_permute(py::module_& kernels) {
+  py::class_<Permutation>(kernels, "Permutation")
+      .def(py::init([](const at::Tensor& order, const at::Tensor& inverse, int64_t topk, bool padded) {
+             return Permutation{order, inverse, topk, padded};
+           }),
+           "order [n], inverse [t * k], k, whether rows or places may be without the other");
+  kernels.def("spread_rows", [](const at::Tensor& x, const OptTensor& weights, const Permutation& permutation) {
+    return spread_rows(x, or_undefined(weights), permutation);
+  });
+  kernels.def("combine_rows", [](const at::Tensor& rows, const OptTensor& weights, const Permutation& permutation) {
+    return combine_rows(rows, or_undefined(weights), permutation);
+  });
+  kernels.def("combine_rows_backward", [](const at::Tensor& grad, const at::Tensor& rows, const at::Tensor& weights,
+                                          const Permutation& permutation) {
+    const auto back = combine_rows_backward(grad, rows, weights, permutation, true, true);
+    return std::pair{back.rows, back.weights};
+  });
+}
+
 void init_fp8(py::module_& kernels) {
   kernels.def("fp8_quantize", [](const at::Tensor& x, const std::string& scaling, bool e5m2, bool straight, bool turned,
                                  const OptTensor& reference, const OptTensor& amax) {
@@ -104,6 +125,8 @@ void init_kernels(py::module_& module) {
   auto kernels = module.def_submodule("kernels", "Fused operations, each with a reference in plain ATen.");
   kernels.def("cuda_built", &cuda::built);
   init_fp8(kernels);
+  init_permute(kernels);
+  kernels.def("squared_norm", &squared_norm);
   kernels.def("cudnn_attention_here", [](const std::string& device) { return cudnn_attention_here(device); });
   py::class_<PackedRow>(kernels, "PackedRow")
       .def(py::init<const at::Tensor&, bool>(), "cu_seqlens, whether cuDNN may take it");

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <map>
 
+#include "kernels/squared_norm.h"
+
 namespace mcore_bridge {
 namespace {
 
@@ -103,7 +105,7 @@ at::Tensor sum_of_squares(const Pieces& pieces, const ParallelState& parallel, c
     }
   }
   if (counted.empty()) return at::zeros({}, at::TensorOptions(device).dtype(at::kDouble));
-  return at::stack(at::_foreach_norm(counted, 2, at::kFloat)).to(at::kDouble).square().sum();
+  return squared_norm(counted);
 }
 
 }  // namespace mcore_bridge

@@ -197,6 +197,54 @@ def test_lora_b(parts, blocks, widths):
     close(alone, wide_b, 4e-3)
 
 
+@DTYPES
+@pytest.mark.parametrize("topk,columns", [(1, 64), (6, 2056)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_permuted_rows(dtype, topk, columns, padded):
+    """There and back against indexing; padded: some places dropped, some rows without a place."""
+    tokens = 37
+    generator = torch.Generator().manual_seed(0)
+    places, more = tokens * topk, 9 if padded else 0
+    rows = places + more
+    inverse = torch.randperm(rows, generator=generator)[:places]
+    if padded:
+        inverse[::5] = rows
+    order = torch.full((rows + 1,), places)
+    order[inverse] = torch.arange(places)
+    permutation = kernels.Permutation(order[:rows].to(DEVICE), inverse.to(DEVICE), topk, padded)
+    x, y = random(tokens, columns, dtype=dtype, seed=1), random(rows, columns, dtype=dtype, seed=2)
+    grad = random(tokens, columns, dtype=dtype, seed=3)
+    weights = torch.rand(tokens, topk, generator=generator).to(DEVICE)
+    kept = inverse < rows
+    token = torch.arange(tokens).repeat_interleave(topk)
+
+    spread = torch.zeros(rows, columns, dtype=dtype).index_copy(0, inverse[kept], x.cpu()[token[kept]])
+    assert torch.equal(kernels.spread_rows(x, None, permutation).cpu(), spread)
+    wide_y, wide_weights = wide(y), wide(weights)
+    tolerance = 3 * TOLERANCE[dtype]  # the reference rounds the weights
+    for given in (None, weights):
+        factors = torch.ones(places, 1) if given is None else wide_weights.flatten().unsqueeze(1)
+        weighted = wide_y[inverse[kept]] * factors[kept]
+        expected = torch.zeros(tokens, columns, dtype=torch.float64).index_add(0, token[kept], weighted)
+        close(kernels.combine_rows(y, given, permutation), expected, tolerance)
+    (expected * grad.cpu().double()).sum().backward()
+    grad_y, grad_weights = kernels.combine_rows_backward(grad, y, weights, permutation)
+    close(grad_y, wide_y.grad, tolerance)
+    close(grad_weights, wide_weights.grad, tolerance)
+    assert grad_weights.dtype == weights.dtype and not grad_weights.flatten()[~kept].any()
+
+
+def test_squared_norm():
+    sizes = [(3,), (0,), (130, 70), (200001,)] + [(4, 4)] * 200
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    tensors = [random(*size, dtype=dtypes[i % 3], seed=i) for i, size in enumerate(sizes)]
+    tensors.append(random(100, dtype=torch.bfloat16, seed=1)[1:])  # not aligned
+    expected = sum(tensor.cpu().double().square().sum() for tensor in tensors)
+    actual = kernels.squared_norm(tensors)
+    assert actual.dtype == torch.float64
+    assert abs(actual.item() / expected.item() - 1) < 1e-5  # pieces of 200,000 numbers are summed in fp32
+
+
 @pytest.mark.parametrize("low", [None, torch.bfloat16], ids=["fp32", "bf16"])
 def test_fused_adamw(low):
     sizes = [(3,), (130, 70), (5000,)] + [(4, 4)] * 60

@@ -123,6 +123,18 @@ struct PermuteRows {
 void spread_rows(const PermuteRows& p, Type type, Stream stream);
 void combine_rows(const PermuteRows& p, Type type, Stream stream);
 
+/// Sums of squares, one a block of elements of each tensor.
+struct Squares {
+  static constexpr int kMaxTensors = 128;
+  int count;
+  const void* x[kMaxTensors];
+  int64_t elements[kMaxTensors];
+  int first_block[kMaxTensors + 1];
+  float* partials;  ///< [first_block[count]]
+};
+constexpr int64_t kSquaresBlock = 65536;
+void sum_of_squares(const Squares& p, Type type, Stream stream);
+
 /// AdamW over a list of tensors in one launch per kMaxTensors of them.
 struct AdamW {
   static constexpr int kMaxTensors = 48;

@@ -22,5 +22,6 @@ void expand_b(const LoraB&, Type, Stream) { missing(); }
 void collect_b(const LoraB&, Type, Type, Stream) { missing(); }
 void spread_rows(const PermuteRows&, Type, Stream) { missing(); }
 void combine_rows(const PermuteRows&, Type, Stream) { missing(); }
+void sum_of_squares(const Squares&, Type, Stream) { missing(); }
 void adamw(const AdamW&, const AdamWTypes&, Stream) { missing(); }
 }  // namespace mcore_bridge::cuda
