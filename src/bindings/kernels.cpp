@@ -13,6 +13,7 @@
 #include "layers/activation.h"
 #include "layers/attention/core_attention.h"
 #include "layers/linear_function.h"
+#include "layers/moe/router_logits.h"
 #include "parallel/parallel_state.h"
 
 namespace mcore_bridge {
@@ -127,6 +128,12 @@ void init_kernels(py::module_& module) {
   init_fp8(kernels);
   init_permute(kernels);
   kernels.def("squared_norm", &squared_norm);
+  kernels.def(
+      "router_logits",
+      [](const at::Tensor& x, const at::Tensor& weight, const OptTensor& bias) {
+        return router_logits(x, weight, or_undefined(bias), at::kFloat);
+      },
+      "In fp32, differentiable.");
   kernels.def("cudnn_attention_here", [](const std::string& device) { return cudnn_attention_here(device); });
   py::class_<PackedRow>(kernels, "PackedRow")
       .def(py::init<const at::Tensor&, bool>(), "cu_seqlens, whether cuDNN may take it");

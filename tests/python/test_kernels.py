@@ -234,6 +234,28 @@ def test_permuted_rows(dtype, topk, columns, padded):
     assert grad_weights.dtype == weights.dtype and not grad_weights.flatten()[~kept].any()
 
 
+@DTYPES
+@pytest.mark.parametrize("bias", [False, True])
+def test_router_logits(dtype, bias):
+    """As precise as fp32 whatever x and the weight are in."""
+    x, weight = random(70, 256, dtype=dtype, seed=0), random(24, 256, dtype=dtype, seed=1)
+    given = [x, weight] + ([random(24, dtype=dtype, seed=2)] if bias else [])
+    grad = random(70, 24, dtype=torch.float32, seed=3)
+    leaves = [each.clone().requires_grad_(True) for each in given]
+    logits = kernels.router_logits(*leaves, *([] if bias else [None]))
+    wides = [wide(each) for each in given]
+    expected = F.linear(*wides)
+    assert logits.dtype == torch.float32
+    close(logits, expected, 2e-6)
+    logits.backward(grad)
+    expected.backward(grad.cpu().double())
+    for leaf, each in zip(leaves, wides, strict=True):
+        # The gradient is rounded once, from a sum in which nothing was.
+        rounded = each.grad.to(dtype)
+        assert (leaf.grad.cpu() != rounded).float().mean() < (0.9 if dtype == torch.float32 else 0.02)
+        close(leaf.grad, each.grad, TOLERANCE[dtype])
+
+
 def test_squared_norm():
     sizes = [(3,), (0,), (130, 70), (200001,)] + [(4, 4)] * 200
     dtypes = [torch.float32, torch.bfloat16, torch.float16]

@@ -147,7 +147,7 @@ struct AdamW {
   const float *grad_scale, *skip, *step;  ///< device scalars
   float lr, beta1, beta2, epsilon, weight_decay;
 };
-constexpr int64_t kAdamWBlock = 4096;  ///< elements a block updates
+constexpr int64_t kAdamWBlock = 16384;  ///< elements a block updates
 /// fp32, or all of those that are not the same half precision.
 struct AdamWTypes {
   Type master = Type::kFloat, grad = Type::kFloat, exp_avg = Type::kFloat, exp_avg_sq = Type::kFloat,

@@ -1,13 +1,12 @@
 #include "layers/moe/router.h"
 
 #include <ATen/ATen.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/function.h>
 
 #include <algorithm>
 #include <cmath>
 
-#include "layers/given.h"
+#include "layers/moe/router_logits.h"
 #include "mcore_bridge/error.h"
 
 namespace mcore_bridge {
@@ -20,28 +19,6 @@ c10::ScalarType compute_dtype(const ModelConfig& config) {
   const auto name = config.moe_router_dtype.value_or("none");
   return name == "fp64" ? at::kDouble : name == "fp32" ? at::kFloat : config.params_dtype;
 }
-
-/// x W^T + b in `type`. Keeps x as it came and converts it again: a copy in fp32 would be twice as large.
-struct Logits : torch::autograd::Function<Logits> {
-  using Context = torch::autograd::AutogradContext;
-  static at::Tensor forward(Context* context, const at::Tensor& x, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias, at::ScalarType type) {
-    context->save_for_backward({weight.requires_grad() ? x : at::Tensor(), weight});
-    context->saved_data["bias"] = bias.has_value();
-    return at::linear(x.to(type), weight.to(type), bias ? std::optional(bias->to(type)) : std::nullopt);
-  }
-  static torch::autograd::variable_list backward(Context* context, torch::autograd::variable_list grads) {
-    const auto saved = context->get_saved_variables();
-    const auto& grad = grads[0];
-    const auto &x = saved[0], &weight = saved[1];
-    torch::autograd::variable_list result(4);
-    if (context->needs_input_grad(0)) result[0] = grad.mm(weight.to(grad.scalar_type())).to(weight.scalar_type());
-    if (context->needs_input_grad(1)) result[1] = grad.t().mm(x.to(grad.scalar_type())).to(weight.scalar_type());
-    if (context->saved_data["bias"].toBool() && context->needs_input_grad(2))
-      result[2] = grad.sum(0).to(weight.scalar_type());
-    return result;
-  }
-};
 
 at::Tensor own_rows(const at::Tensor& all, const Group& group) {
   const auto count = all.size(0) / group.size();
@@ -168,7 +145,7 @@ void Router::drop(Output& output) const {
 
 Router::Output Router::forward(const at::Tensor& x_sbh, double loss_share) {
   const auto x = x_sbh.flatten(0, 1);
-  auto logits = Logits::apply(x, weight_, given(bias_), compute_dtype_);
+  auto logits = router_logits(x, weight_, bias_, compute_dtype_);
   if (logits.scalar_type() != at::kDouble) logits = logits.to(at::kFloat);
   const auto scores = router_scores(logits, options_);
   Output output{weighted_by_scores(scores, choose(logits, scores), options_)};
@@ -191,7 +168,8 @@ Footprint Router::footprint(const ActivationShape& shape) const {
   const auto flops = 2.0 * static_cast<double>(tokens) * static_cast<double>(weight_.numel());
   result.forward_flops = flops;
   result.backward_flops = flops * ((shape.input_grad ? 1 : 0) + (trains() ? 1 : 0));
-  result.workspace = tokens * hidden * (score + shape.element);
+  // The input once more in the precision of the scores, where tensor cores do not do without.
+  result.workspace = tokens * hidden * (shape.fused && score == 4 ? 0 : score) + tokens * hidden * shape.element;
 
   auto& forward = result.experts_forward.tensor_context;
   if (sinkhorn_ && !forced_) forward += Traffic::all_gather(tokens * spread * experts * score, spread);
