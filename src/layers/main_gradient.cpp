@@ -21,6 +21,11 @@ Registry& registry() {
   return instance;
 }
 
+bool has_storage_to_itself(const at::Tensor& tensor) {
+  return tensor.is_contiguous() && tensor.has_storage() && tensor.storage_offset() == 0 &&
+         tensor.storage().nbytes() == tensor.nbytes();
+}
+
 }  // namespace
 
 void set_main_gradient(const at::Tensor& parameter, std::shared_ptr<MainGradient> gradient) {
@@ -48,6 +53,23 @@ void contribute(MainGradient& main, std::function<void(const at::Tensor&, bool)>
   cuda::run_beside([into = std::move(into), grad = main.grad, accumulate = !main.fresh] { into(grad, accumulate); });
   main.fresh = false;
   main.added = true;
+}
+
+void settle(const MainGradient& main, at::Tensor gradient, bool accumulate) {
+  const auto& sum = main.grad;
+  if (accumulate) {
+    sum.add_(gradient);
+    return;
+  }
+  const bool moves = !main.fixed && sum.scalar_type() == gradient.scalar_type() && sum.device() == gradient.device() &&
+                     has_storage_to_itself(sum) && has_storage_to_itself(gradient) && gradient.use_count() == 1 &&
+                     gradient.storage().use_count() == 1;
+  if (!moves) {
+    sum.copy_(gradient);
+    return;
+  }
+  // Views of the main gradient see the new memory; the old goes back to its allocator.
+  sum.storage().set_data_ptr_noswap(gradient.storage().set_data_ptr(c10::DataPtr(nullptr, sum.device())));
 }
 
 void accumulate_product(at::Tensor sum, const at::Tensor& a, const at::Tensor& b, bool accumulate, double scaling) {

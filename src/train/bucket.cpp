@@ -98,9 +98,13 @@ void Bucket::take(const Entry& entry) {
   auto& grad = entry.parameter->tensor.mutable_grad();
   if (!grad.defined()) return;  // its layer has added it already
   if (!grads_.defined()) grads_ = at::zeros({elements_}, grad_options_);
-  const bool fresh = !main_.empty() && std::exchange(main_[&entry - entries_.data()]->fresh, false);
-  fresh ? grad_view(entry).copy_(grad) : grad_view(entry).add_(grad);
-  grad.reset();
+  if (main_.empty()) {
+    grad_view(entry).add_(grad);
+    grad.reset();
+    return;
+  }
+  auto& main = *main_[&entry - entries_.data()];
+  settle(main, std::exchange(grad, {}), !std::exchange(main.fresh, false));
 }
 
 bool Bucket::contributed(const Entry& entry) {

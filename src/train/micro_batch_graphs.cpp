@@ -136,6 +136,7 @@ void MicroBatchGraphs::run(const ForwardInput& batch, const std::function<void(c
     for (const auto& parameter : model_.named_parameters()) {
       if (auto gradient = main_gradient(parameter.tensor)) gradients_.push_back(std::move(gradient));
     }
+    for (const auto& gradient : gradients_) gradient->fixed = true;
   }
   auto& entry = entries_[key_of(batch)];
   entry.last = ++clock_;

@@ -129,9 +129,8 @@ struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
         result[1] = WeightGradients::now_or_later(weight, gradient);
       } else {
         const auto capsule = holder->second.toCapsule();
-        contribute(*static_cast<const MainHolder*>(capsule.get())->main, [=](const at::Tensor& sum, bool accumulate) {
-          accumulate ? sum.add_(gradient()) : sum.copy_(gradient());
-        });
+        const auto main = static_cast<const MainHolder*>(capsule.get())->main;
+        contribute(*main, [=](const at::Tensor&, bool accumulate) { settle(*main, gradient(), accumulate); });
       }
     }
     if (bias.defined() && context->needs_input_grad(2))
