@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -223,8 +224,28 @@ def transformers(case, engine):
     return step
 
 
+# What a kernel's name says it is for; the first that fits.
+PHASES = [
+    ("experts' products", "GroupProblemShape"),
+    ("attention", "sdpa|fmha|flash|dot_do_o|convert_dq"),
+    ("permuting and combining rows", "PermuteRows"),
+    ("optimizer", "adamw|Adam"),
+    ("gradient norm", "Squares|lpnorm|LpNorm"),
+    ("loss", "CrossEntropy|cross_entropy|oftmax"),
+    ("q/k norm, rotation", "SplitQkv"),
+    ("norms", "RmsNorm|rms_norm|GammaBeta|vectorized_layer_norm"),
+    ("gated activation", "Gated|silu"),
+    ("casts to FP8, their scales", "quantize|amax"),
+    ("LoRA's B as one matrix", "LoraB"),
+    ("which experts (top-k, sorting, counting)", "opk|opK|adixSort|scan|scatter|gather|index"),
+    ("dense products, the router's too", "nvjet|gemm|cutlass|splitK"),
+    ("copies, clearing", "Memcpy|Memset|copy|Fill"),
+    ("additions and the rest", ""),
+]
+
+
 def profile(name, engine, step):
-    """One step under the profiler; kernels by time, gaps between them, to stderr."""
+    """One step under the profiler; kernels by phase and by time, gaps between them, to stderr."""
     import torch
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
@@ -250,6 +271,10 @@ def profile(name, engine, step):
     ]
     total = sum(time for time, _ in kernels.values())
     lines += [f"{name} {engine}: {total / 1e3:.1f} ms in {sum(count for _, count in kernels.values())} kernels"]
+    phases = dict.fromkeys((phase for phase, _ in PHASES), 0.0)
+    for kernel, (spent, _) in kernels.items():
+        phases[next(phase for phase, pattern in PHASES if re.search(pattern, kernel))] += spent
+    lines += [f"{spent / 1e3:9.2f} ms {100 * spent / total:5.1f} %  {phase}" for phase, spent in phases.items() if spent > 0]
     for kernel, (spent, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:40]:
         lines.append(f"{spent / 1e3:9.2f} ms {count:6d} x  {kernel[:150]}")
     lines.append("host time by operation:")
