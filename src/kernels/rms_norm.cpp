@@ -10,7 +10,11 @@
 namespace mcore_bridge {
 namespace {
 
-constexpr int64_t kBackwardBlocks = 528;  // four for each of a Hopper's multiprocessors; partial sums grow with it
+/// Blocks of the backward: one a row, unless each leaves a row of partial sums. Those are as many as fill a Hopper's
+/// 132 multiprocessors: four for each when a row is 4,096 wide, more of narrower ones.
+int64_t backward_blocks(int64_t rows, int64_t columns, bool partial_sums) {
+  return partial_sums ? std::min(rows, 528 * std::clamp<int64_t>(4096 / columns, 1, 4)) : rows;
+}
 
 std::optional<cuda::Type> norm_type(const at::Tensor& x, const at::Tensor& weight) {
   const auto type = kernel_type(x);
@@ -97,7 +101,7 @@ RmsNormGradients rms_norm_backward(const at::Tensor& given_grad, const at::Tenso
   }
   const c10::DeviceGuard guard(given_x.device());
   const auto grad = readable(given_grad), x = readable(given_x), residual = readable(grad_residual);
-  const auto rows = x.numel() / x.size(-1), blocks = std::min(rows, kBackwardBlocks);
+  const auto rows = x.numel() / x.size(-1), blocks = backward_blocks(rows, x.size(-1), want_weight);
   result.x = at::empty(x.sizes(), x.options());
   if (want_normed) result.normed = at::empty(x.sizes(), x.options());
   at::Tensor partials;

@@ -69,6 +69,7 @@ __global__ void __launch_bounds__(kPacks == 1 ? 512 : 1024) backward_kernel(RmsN
     const auto offset = row * p.columns;
     const float rstd = p.rstd[row];
     float x[kPacks][N], grad[kPacks][N];
+    Pack<T, N> residual[kPacks];  // under way while the lanes wait for each other
     float dot = 0;
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
@@ -78,6 +79,8 @@ __global__ void __launch_bounds__(kPacks == 1 ? 512 : 1024) backward_kernel(RmsN
       load<T, N>(static_cast<const T*>(p.x) + offset + pack * N, x[i]);
       load<T, N>(static_cast<const T*>(p.grad) + offset + pack * N, grad[i]);
       load<T, N>(static_cast<const T*>(p.weight) + pack * N, weight);
+      if (p.grad_residual)
+        residual[i] = *reinterpret_cast<const Pack<T, N>*>(static_cast<const T*>(p.grad_residual) + offset + pack * N);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const float scale = p.zero_centered ? 1.f + weight[j] : weight[j];
@@ -94,10 +97,11 @@ __global__ void __launch_bounds__(kPacks == 1 ? 512 : 1024) backward_kernel(RmsN
     for (int i = 0; i < kPacks; ++i) {
       const int64_t pack = threadIdx.x + static_cast<int64_t>(i) * blockDim.x;
       if (pack >= packs) continue;
-      float residual[N] = {};
-      if (p.grad_residual) load<T, N>(static_cast<const T*>(p.grad_residual) + offset + pack * N, residual);
 #pragma unroll
-      for (int j = 0; j < N; ++j) grad[i][j] = rstd * (grad[i][j] - x[i][j] * mean) + residual[j];
+      for (int j = 0; j < N; ++j) {
+        grad[i][j] = rstd * (grad[i][j] - x[i][j] * mean);
+        if (p.grad_residual) grad[i][j] += static_cast<float>(residual[i].values[j]);
+      }
       store<T, N>(static_cast<T*>(p.grad_x) + offset + pack * N, grad[i]);
     }
   }
