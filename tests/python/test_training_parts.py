@@ -15,7 +15,8 @@ import torch
 from mcore_bridge.cli import attempt, failures
 from mcore_bridge.cli.failures import missing_ranks
 from mcore_bridge.cli.progress import Progress
-from mcore_bridge.data.feed import StreamFeed
+from mcore_bridge.data.batching import flat_batch
+from mcore_bridge.data.feed import Batch, StreamFeed
 from mcore_bridge.data.interleave import check, draws, interleave
 from mcore_bridge.data.loader import Loader
 from mcore_bridge.data.sampler import Sampler
@@ -153,6 +154,29 @@ def test_loader_passes_errors_on_and_ends_its_threads():
     next(loader)
     loader.close()
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("mcb-")]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_pins(workers):
+    class Numbered:
+        def __init__(self, number):
+            self.number = number
+
+        def pinned(self):
+            return self.number + 100
+
+    loader = Loader(((lambda number=number: Numbered(number)) for number in range(3)), workers, pin=True)
+    assert [next(loader) for _ in range(3)] == [100, 101, 102]
+    loader.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory belongs to a GPU")
+def test_pinned_batches():
+    batch = flat_batch([dict(input_ids=[1, 2, 3], labels=[-100, 2, 3])])
+    (moved,) = Batch([batch], []).pinned().micro_batches
+    assert moved["packed_seq_params"].cu_seqlens.is_pinned()
+    for name in ("input_ids", "labels", "position_ids"):
+        assert moved[name].is_pinned() and torch.equal(moved[name], batch[name])
 
 
 def test_generators_go_on():

@@ -96,6 +96,7 @@ class TrainArguments(ModelArguments):
     shuffle_buffer_size: int = flag(1000, "streamed rows that are shuffled (and packed) among themselves")
     dataloader_num_workers: int = flag(1, "threads that prepare batches ahead of the training; 0: none")
     dataloader_prefetch_factor: int = flag(2, "global batches each of them prepares ahead")
+    dataloader_pin_memory: bool = flag(True, "in page-locked memory, from which they go to a GPU without holding up the host")
     data_seed: int = flag(42, "seed of the data order")
     columns: Dict[str, str] = flag({}, 'JSON: rename columns, e.g. {"question": "query"}')
     strict: bool = flag(False, "a row that cannot be read is an error instead of being dropped with a warning")

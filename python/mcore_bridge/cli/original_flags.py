@@ -15,7 +15,7 @@ NEUTRAL = {
     "cross_entropy_fusion_impl": None,
     # data and templates
     "load_from_cache_file": None, "lazy_tokenize": [False], "cached_dataset": [], "cached_val_dataset": [],
-    "dataloader_pin_memory": None, "dataloader_persistent_workers": None,
+    "dataloader_persistent_workers": None,
     "packing_num_proc": None, "data_sharding": [False], "group_by_length": [False],
     "mlp_padding_free": [False], "remove_unused_columns": None,
     "model_name": [], "model_author": [], "custom_dataset_info": [], "external_plugins": [],

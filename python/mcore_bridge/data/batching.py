@@ -35,6 +35,16 @@ def flat_batch(samples, multiple=1, pad_token=0, document_multiple=1):
     )
 
 
+def pinned(micro_batch):
+    """The same in page-locked memory, from which copies to a GPU do not hold up the host."""
+    from dataclasses import replace
+
+    moved = {name: value.pin_memory() for name, value in micro_batch.items() if hasattr(value, "pin_memory")}
+    if packed := micro_batch.get("packed_seq_params"):
+        moved["packed_seq_params"] = replace(packed, cu_seqlens=packed.cu_seqlens.pin_memory())
+    return {**micro_batch, **moved}
+
+
 def padded_batch(samples, multiple=1, pad_token=0):
     """One row per sample, padded on the right. Causal attention never lets a token see the padding behind it."""
     import torch

@@ -2,8 +2,9 @@
 global batch; a loader runs them ahead of the training."""
 
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from .batching import pinned
 from .stream import start_position
 
 
@@ -14,6 +15,9 @@ class Batch:
     micro_batches: list
     rows: list  # of the share: {"source", "row", "id"} of every sample
     position: dict = field(default_factory=dict)  # where the data stands behind the whole global batch
+
+    def pinned(self):
+        return replace(self, micro_batches=[pinned(each) for each in self.micro_batches])
 
 
 class MapFeed:

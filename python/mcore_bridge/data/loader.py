@@ -12,11 +12,11 @@ class Loader:
     """Iterates a feed's batches in order; `wait` is how many seconds the last one made the training wait.
 
     workers 0: nothing runs ahead. Otherwise one thread walks through the feed and `workers` threads build batches, at most
-    `workers * prefetch` ahead. Call close() at the end."""
+    `workers * prefetch` ahead. pin: in page-locked memory. Call close() at the end."""
 
-    def __init__(self, feed, workers=1, prefetch=2):
+    def __init__(self, feed, workers=1, prefetch=2, pin=False):
         self.wait = 0.0
-        self._tasks = iter(feed)
+        self._tasks = (lambda task=task: task().pinned() for task in feed) if pin else iter(feed)
         self._pool = None
         if workers > 0:
             self._pool = ThreadPoolExecutor(workers, thread_name_prefix="mcb-loader")

@@ -159,7 +159,8 @@ class Run:
             self.checkpoints.last = Path(self.checkpoint)
         self.bad_batches = BadBatches(self.output_dir, self.parallel, self.control)
         self.preemption = Preemption().install()
-        loader = Loader(self.data.feed(self.position), a.dataloader_num_workers, a.dataloader_prefetch_factor)
+        pin = a.dataloader_pin_memory and next(self.models[0].parameters()).is_cuda
+        loader = Loader(self.data.feed(self.position), a.dataloader_num_workers, a.dataloader_prefetch_factor, pin)
         try:
             stopped = self._loop(loader)
         finally:
