@@ -114,12 +114,13 @@ LinearOutput ParallelLinear::forward(const at::Tensor& x_sbh, const at::Tensor& 
   return run(x_sbh, delta, std::move(plan));
 }
 
-at::Tensor ParallelLinear::forward_gated(const at::Tensor& x_sbh, const GatedOptions& activation) {
+at::Tensor ParallelLinear::forward_gated(const at::Tensor& x_sbh, const GatedOptions& activation, bool unused) {
   TORCH_INTERNAL_ASSERT(!layer_norm_weight_.defined());
   if (sharded()) return forward_sharded(gated_activation(x_sbh, activation));
   LinearPlan plan;
   plan.prologue = LinearPlan::Prologue::kGated;
   plan.activation = activation;
+  plan.unused = unused;
   return run(x_sbh, {}, std::move(plan)).y;
 }
 

@@ -58,8 +58,8 @@ class ParallelLinear : public Module {
   at::Tensor forward(const at::Tensor& x_sbh) { return forward(x_sbh, {}).y; }
   /// With the norm in front: normalises x + delta and passes the sum on; see LinearOutput. `delta` may be undefined.
   LinearOutput forward(const at::Tensor& x_sbh, const at::Tensor& delta);
-  /// act(gate) * up of x = [gate | up] in front of the product.
-  at::Tensor forward_gated(const at::Tensor& x_sbh, const GatedOptions& activation);
+  /// act(gate) * up of x = [gate | up] in front of the product. `unused`: see LinearPlan.
+  at::Tensor forward_gated(const at::Tensor& x_sbh, const GatedOptions& activation, bool unused = false);
   Footprint footprint(const ActivationShape& shape) const override { return footprint(shape, /*gated=*/false); }
   /// `gated`: of forward_gated.
   Footprint footprint(const ActivationShape& shape, bool gated) const;

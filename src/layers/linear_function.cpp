@@ -119,7 +119,10 @@ struct Linear : torch::autograd::Function<Linear> {
 
     const auto x = matrix(input);
     const auto& weight = inputs[kWeight];
+    // FP8 finds the scale of its input on the way to y, and ranks exchange what they are planned to.
+    const bool unused = plan.unused && !plan.fp8 && plan.group.size() == 1;
     at::Tensor y;
+    if (unused) y = at::zeros({1, 1}, x.options()).expand({x.size(0), weight.size(0)});
     for (size_t i = 0; i < plan.adapters.size(); ++i) {
       const auto& adapter = plan.adapters[i];
       auto seen = x;
@@ -130,6 +133,7 @@ struct Linear : torch::autograd::Function<Linear> {
       const bool fused = adapter.parts.size() > 1;
       kept.b.push_back(fused ? expand_b(b, adapter.parts, plan.layout, adapter.scaling) : b);
       const double scaling = fused ? 1 : adapter.scaling;
+      if (unused) continue;
       if (y.defined()) {
         y.addmm_(kept.low[i], kept.b[i].t(), 1, scaling);
       } else {
@@ -143,6 +147,7 @@ struct Linear : torch::autograd::Function<Linear> {
     if (plan.fp8) {
       y = plan.fp8->forward(x, weight, y, &amax);
       if (plan.column && bias.defined()) y.add_(bias);
+    } else if (unused) {
     } else if (y.defined()) {  // the big product accumulates onto the small one
       y.addmm_(x, weight.t());
       if (plan.column && bias.defined()) y.add_(bias);
@@ -150,7 +155,7 @@ struct Linear : torch::autograd::Function<Linear> {
       y = plan.column && bias.defined() ? at::addmm(bias, x, weight.t()) : at::mm(x, weight.t());
     }
     y = shaped(y, input);
-    if (!plan.column) {
+    if (!plan.column && !unused) {
       if (plan.sequence_parallel && plan.group.size() > 1) {
         y = plan.group.reduce_scatter(y);
       } else {

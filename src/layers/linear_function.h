@@ -29,6 +29,7 @@ struct LinearPlan {
   /// Column-parallel: gathers the sequence (or copies) in front; else: reduces (or reduce-scatters) behind, then adds
   /// the bias.
   bool column = true, sequence_parallel = false;
+  bool unused = false;  ///< nobody reads y, only its graph matters: zeros stand for it where that spares a product
   Group group;
   std::shared_ptr<Fp8Linear> fp8;  ///< the weight's products in FP8 (adapters keep their dtype); null: in x's dtype
 };

@@ -21,10 +21,11 @@ class MLP : public Module {
   std::vector<Child> children() const override { return {{"linear_fc1", fc1_.get()}, {"linear_fc2", fc2_.get()}}; }
   Footprint footprint(const ActivationShape& shape) const override;
   /// The block's output for norm(x + delta), and x + delta itself: see LinearOutput. `delta` may be undefined.
-  LinearOutput forward(const at::Tensor& x_sbh, const at::Tensor& delta) {
+  /// `unused`: nobody reads the output, see LinearPlan.
+  LinearOutput forward(const at::Tensor& x_sbh, const at::Tensor& delta, bool unused = false) {
     const auto [gate_up, sum] = fc1_->forward(x_sbh, delta);
     ActivationOffload::keep(gate_up);
-    return {fc2_->forward_gated(gate_up, activation_), sum};
+    return {fc2_->forward_gated(gate_up, activation_, unused), sum};
   }
 
  private:

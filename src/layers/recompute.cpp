@@ -5,6 +5,8 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <utility>
+
 #include "parallel/random.h"
 
 namespace mcore_bridge {
@@ -14,6 +16,20 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 using Block = std::function<std::vector<at::Tensor>(const std::vector<at::Tensor>&)>;
+
+thread_local bool second_run = false;
+
+/// Which run of a block this is, until it is over.
+class Run {
+ public:
+  explicit Run(bool second) : before_(std::exchange(second_run, second)) {}
+  ~Run() { second_run = before_; }
+  Run(const Run&) = delete;
+  Run& operator=(const Run&) = delete;
+
+ private:
+  bool before_;
+};
 
 /// What backward needs: the block and the random state it started from.
 struct Recipe : torch::CustomClassHolder {
@@ -32,6 +48,7 @@ struct Recompute : torch::autograd::Function<Recompute> {
     context->saved_data["recipe"] = at::IValue::make_capsule(recipe);
     context->save_for_backward(x);
     context->set_materialize_grads(false);
+    const Run first(false);
     return (*block)(x);  // autograd is off inside a Function's forward
   }
 
@@ -45,7 +62,8 @@ struct Recompute : torch::autograd::Function<Recompute> {
     set_random_state(recipe.device, recipe.state);
     variable_list y;
     {
-      at::AutoGradMode grad_mode(true);
+      const at::AutoGradMode grad_mode(true);
+      const Run second(true);
       y = recipe.block(x);
     }
     set_random_state(recipe.device, now);
@@ -64,6 +82,8 @@ struct Recompute : torch::autograd::Function<Recompute> {
 };
 
 }  // namespace
+
+bool recomputing() { return second_run; }
 
 std::vector<at::Tensor> recompute(Block f, const std::vector<at::Tensor>& x) {
   // Autograd sees the inputs of a TensorList, not those of a vector.

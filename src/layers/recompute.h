@@ -15,4 +15,7 @@ std::vector<at::Tensor> recompute(std::function<std::vector<at::Tensor>(const st
                                   const std::vector<at::Tensor>& x);
 at::Tensor recompute(std::function<at::Tensor(const at::Tensor&)> f, const at::Tensor& x);
 
+/// Whether the innermost block runs for the second time: nobody reads what it returns, only its graph matters.
+bool recomputing();
+
 }  // namespace mcore_bridge

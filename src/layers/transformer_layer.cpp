@@ -42,18 +42,19 @@ at::Tensor TransformerLayer::dropped(const at::Tensor& x) const {
   return at::dropout(x, dropout_, true);
 }
 
-at::Tensor TransformerLayer::forward(const at::Tensor& x_sbh, const AttentionInput& input, double loss_share) {
+at::Tensor TransformerLayer::forward(const at::Tensor& x_sbh, const AttentionInput& input, double loss_share,
+                                     bool unused) {
   const auto [attended, residual] = attention_->forward(x_sbh, input);
   const auto update = dropped(attended);
   const bool again = recompute_ && at::GradMode::is_enabled() && update.requires_grad();
   if (mlp_ && !again) {
-    const auto [output, x] = mlp_->forward(residual, update);
+    const auto [output, x] = mlp_->forward(residual, update, unused);
     return x + dropped(output);
   }
   const auto x = residual + update;
   ActivationOffload::keep(x);
   auto block = [this, loss_share](const at::Tensor& y) {
-    return mlp_ ? mlp_->forward(y, {}).y : moe_->forward(moe_norm_->forward(y), loss_share);
+    return mlp_ ? mlp_->forward(y, {}, recomputing()).y : moe_->forward(moe_norm_->forward(y), loss_share);
   };
   return x + dropped(again ? recompute(block, x) : block(x));
 }

@@ -20,8 +20,8 @@ class TransformerLayer : public Module {
                    int64_t layer);
   std::string kind() const override { return "TransformerLayer"; }
   std::vector<Child> children() const override;
-  /// `loss_share`: see Router::forward.
-  at::Tensor forward(const at::Tensor& x_sbh, const AttentionInput& input, double loss_share);
+  /// `loss_share`: see Router::forward. `unused`: nobody reads what comes back, only its graph matters.
+  at::Tensor forward(const at::Tensor& x_sbh, const AttentionInput& input, double loss_share, bool unused = false);
   /// Null in a dense layer.
   MoELayer* moe() { return moe_.get(); }
   Footprint footprint(const ActivationShape& shape) const override;

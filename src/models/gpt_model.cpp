@@ -230,8 +230,9 @@ at::Tensor GPTModel::run_layers(at::Tensor x, const AttentionInput& attention, d
     auto run = [this, first, end, attention, loss_share](const at::Tensor& input) {
       auto y = input;
       for (size_t i = first; i < end; ++i) {
+        const bool unused = recomputing() && i + 1 == end;
         y = run_unit(static_cast<int>(i) + 1, y,
-                     [&](const at::Tensor& z) { return layers_[i]->forward(z, attention, loss_share); });
+                     [&](const at::Tensor& z) { return layers_[i]->forward(z, attention, loss_share, unused); });
         check_finite(y, "decoder.layers.", place_.layers.first + static_cast<int64_t>(i));
       }
       return y;

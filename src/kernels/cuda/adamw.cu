@@ -20,11 +20,11 @@ struct Share {
 };
 
 struct Update {
-  float beta1, beta2, epsilon, inverse_scale, correction2, rate, decay;
+  float beta1, beta2, epsilon, inverse_scale, correction2, rate, decay;  // correction2: its reciprocal
   __device__ explicit Update(const AdamW& p)
       : beta1(p.beta1), beta2(p.beta2), epsilon(p.epsilon), inverse_scale(1.f / *p.grad_scale) {
     const float step = *p.step, correction1 = 1.f - powf(beta1, step);
-    correction2 = sqrtf(1.f - powf(beta2, step));
+    correction2 = rsqrtf(1.f - powf(beta2, step));
     rate = p.lr / correction1;
     decay = 1.f - p.lr * p.weight_decay;
   }
@@ -32,7 +32,9 @@ struct Update {
     g *= inverse_scale;
     m += (1.f - beta1) * (g - m);
     v = beta2 * v + (1.f - beta2) * g * g;
-    w = w * decay - rate * m / (sqrtf(v) / correction2 + epsilon);
+    // Without the exact square root and division, which would take longer than half-precision states take to arrive.
+    const float root = v * rsqrtf(fmaxf(v, 1e-38f));
+    w = w * decay - __fdividef(rate * m, root * correction2 + epsilon);
   }
 };
 

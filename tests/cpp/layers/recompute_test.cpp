@@ -56,6 +56,29 @@ TEST(Recompute, BackwardLeavesTheGeneratorAlone) {
   EXPECT_TRUE(at::equal(at::rand({4}), expected));
 }
 
+TEST(Recompute, BlocksKnowTheirSecondRun) {
+  const Problem p;
+  std::vector<bool> outer, inner;
+  auto within = [&](const at::Tensor& in) {
+    inner.push_back(recomputing());
+    return in.sin();
+  };
+  const auto out = recompute(
+      [&](const at::Tensor& in) {
+        outer.push_back(recomputing());
+        const auto y = at::GradMode::is_enabled() ? recompute(within, in) : within(in);
+        outer.push_back(recomputing());
+        return y * 2;
+      },
+      p.x);
+  EXPECT_FALSE(recomputing());
+  out.sum().backward();
+  EXPECT_EQ(outer, (std::vector<bool>{false, false, true, true}));
+  // In the outer block's second run the inner one runs for the first time, and its result is read.
+  EXPECT_EQ(inner, (std::vector<bool>{false, false, true}));
+  EXPECT_TRUE(at::allclose(p.x.grad(), p.x.detach().cos() * 2));
+}
+
 TEST(Offload, TensorsLeaveAndComeBack) {
   auto gradients = [](bool offload) {
     const Problem p;
