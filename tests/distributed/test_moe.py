@@ -46,7 +46,8 @@ SLOW_VARIANTS = {
     "recompute_moe": dict(fields=dict(recompute_granularity="selective", recompute_modules=["moe"])),
     "sharded": dict(options=dict(data_parallel_sharding_strategy="optim_grads_params")),
     "unsharded": dict(options=dict(data_parallel_sharding_strategy="no_shard")),
-    "capacity": dict(fields=dict(moe_expert_capacity_factor=1.1)),
+    # 1.1 meets two experts whose scores are 2e-8 apart (qwen3_moe, step 4), and then rounding decides.
+    "capacity": dict(fields=dict(moe_expert_capacity_factor=1.05)),
     "padded_capacity": dict(fields=dict(moe_expert_capacity_factor=1.2, moe_pad_expert_input_to_capacity=True)),
     "sinkhorn": dict(fields=dict(moe_router_load_balancing_type="sinkhorn")),
     "turns": dict(fields=dict(moe_router_force_load_balancing=True)),
