@@ -21,7 +21,7 @@ using ParallelStatePtr = std::shared_ptr<const ParallelState>;
 /// is padded to a multiple of 2 * context_parallel_size, and cu_seqlens count the whole row, not a rank's part.
 struct PackedSeqParams {
   at::Tensor cu_seqlens;                 ///< int32 [documents + 1], on the model's device
-  std::vector<int64_t> cu_seqlens_host;  ///< the same on the host, so that no step waits for the device
+  std::vector<int64_t> cu_seqlens_host;  ///< the same on the host; empty: the device alone knows (recorded work)
   int64_t max_seqlen = 0;
 };
 

@@ -45,7 +45,8 @@ struct PackedRow {
     packed.cu_seqlens = cu_seqlens;
     packed.cu_seqlens_host.assign(host.data_ptr<int64_t>(), host.data_ptr<int64_t>() + host.numel());
     packed.max_seqlen = host.diff().max().item<int64_t>();
-    if (cudnn && cudnn_attention_here(cu_seqlens.device())) rows = std::make_shared<RaggedRows>(packed);
+    if (cudnn && cudnn_attention_here(cu_seqlens.device()))
+      rows = std::make_shared<RaggedRows>(packed, packed.cu_seqlens_host.back());
   }
   PackedSeqParams packed;
   std::shared_ptr<RaggedRows> rows;

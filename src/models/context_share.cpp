@@ -29,6 +29,7 @@ void check_right_padding(const at::Tensor& mask, const std::string& what) {
 void check_context_share(const ForwardInput& whole, const ModelConfig& config, const ParallelState& parallel,
                          const std::string& what) {
   const auto ends = document_ends(whole);
+  MCB_CHECK(!ends.empty(), what, ": packed.cu_seqlens_host is empty; give where documents end on the host, too");
   MCB_CHECK(ends.back() == whole.input_ids.size(1), what, ": cu_seqlens ends at ", ends.back(), ", the row holds ",
             whole.input_ids.size(1), " tokens");
   const int cp = parallel.cp.size(), tp = config.sequence_parallel ? parallel.tp.size() : 1;

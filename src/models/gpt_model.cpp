@@ -116,7 +116,6 @@ std::vector<Module::Child> GPTModel::children() const {
 AttentionInput GPTModel::attention_input(const ForwardInput& input) const {
   AttentionInput result;
   result.packed = input.packed;
-  if (input.packed && cudnn_attention_here(device_)) result.rows = std::make_shared<RaggedRows>(*input.packed);
   const auto& any = input.input_ids.defined() ? input.input_ids : input.labels;
   int64_t batch = 0, length = 0;
   if (any.defined()) {
@@ -128,10 +127,13 @@ AttentionInput GPTModel::attention_input(const ForwardInput& input) const {
   }
   const auto& cp = parallel_->cp;
   const auto whole = length * cp.size();  // of the row all context-parallel ranks share
+  if (input.packed && cudnn_attention_here(device_)) result.rows = std::make_shared<RaggedRows>(*input.packed, whole);
   const auto ends = input.packed ? input.packed->cu_seqlens_host : std::vector<int64_t>{0, whole};
+  MCB_CHECK(!ends.empty() || !attention_reads_host_ends(config_, device_),
+            "forward: cu_seqlens_host is empty, but attention of this model and device reads it");
   const auto window = config_.window_size.empty() ? -1 : config_.window_size[0];
-  MCB_CHECK(ends.back() == whole, "forward: cu_seqlens ends at ", ends.back(), ", but the row holds ", length,
-            " tokens",
+  MCB_CHECK(ends.empty() || ends.back() == whole, "forward: cu_seqlens ends at ", ends.back(), ", but the row holds ",
+            length, " tokens",
             cp.size() > 1 ? " on each of " + std::to_string(cp.size()) +
                                 " context-parallel ranks; give every rank its part (split_cp_inputs) and cu_seqlens of "
                                 "the whole row"

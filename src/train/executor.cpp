@@ -49,11 +49,10 @@ Executor::Executor(const Chunks& chunks, const OptimizerOptions& options) : chun
 
 at::Tensor Executor::train_with_graphs(const std::vector<ForwardInput>& batches, const std::vector<double>& weights) {
   const TimedPhase timed(Phase::kBackward, chunks_[0]->device());  // forward and backward are one
-  const auto on = on_device(weights, chunks_[0]->device());
   at::Tensor(graphs_->loss()).zero_();
   for (size_t i = 0; i < batches.size(); ++i) {
     auto batch = batches[i];
-    batch.loss_weight = on[static_cast<int64_t>(i)];
+    batch.loss_weight = at::scalar_tensor(weights[i], at::kDouble);
     graphs_->run(batch, [this](const ForwardInput& input) {
       const auto output = chunks_[0]->forward(input);
       const auto loss = output.detach();

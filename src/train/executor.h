@@ -24,7 +24,7 @@ class Executor {
 
   /// Forward and backward of all micro-batches by the config's schedule. `weights[i]`: what every token's loss of
   /// micro-batch i is multiplied by. Returns this rank's weighted sum of losses (double scalar on the device; zero
-  /// where the last chunk is not).
+  /// where the last chunk is not). With graphs() batches may be, and are best, on the host.
   at::Tensor train(const std::vector<ForwardInput>& batches, const std::vector<double>& weights);
 
   /// Forward only.

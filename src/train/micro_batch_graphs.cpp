@@ -3,16 +3,17 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <array>
 
 #include "config/rope_scaling.h"
 #include "kernels/cuda/launch.h"
+#include "layers/attention/core_attention.h"
 #include "mcore_bridge/error.h"
+#include "train/graph_shape.h"
 
 namespace mcore_bridge {
 namespace {
 
-constexpr size_t kMostShapes = 1024;  // remembered without a graph: rows packed from random documents never come back
+constexpr size_t kMostShapes = 1024;  // remembered without a graph: most may never come back
 
 void check_recordable(const GPTModel& model) {
   const auto& config = model.config();
@@ -56,33 +57,12 @@ void check_recordable(const GPTModel& model) {
   MCB_CHECK(cuda::built(), "cuda_graph_impl: this build has no CUDA kernels; build with MCB_CUDA=ON");
 }
 
-std::array<at::Tensor ForwardInput::*, 5> tensors() {
-  return {&ForwardInput::input_ids, &ForwardInput::position_ids, &ForwardInput::attention_mask, &ForwardInput::labels,
-          &ForwardInput::loss_weight};
-}
-
-/// Tensors of the same shapes.
-ForwardInput buffers(const ForwardInput& batch) {
-  auto result = batch;
-  for (auto member : tensors()) {
-    if ((result.*member).defined()) result.*member = at::empty_like(batch.*member);
-  }
-  if (batch.packed) result.packed->cu_seqlens = at::empty_like(batch.packed->cu_seqlens);
-  return result;
-}
-
-void fill(const ForwardInput& to, const ForwardInput& from) {
-  for (auto member : tensors()) {
-    if ((to.*member).defined()) (to.*member).copy_(from.*member, /*non_blocking=*/true);
-  }
-  if (to.packed) to.packed->cu_seqlens.copy_(from.packed->cu_seqlens, /*non_blocking=*/true);
-}
-
 }  // namespace
 
 MicroBatchGraphs::MicroBatchGraphs(const GPTModel& model, const OptimizerOptions& options)
     : model_(model), warmup_(options.cuda_graph_warmup_steps) {
   check_recordable(model);
+  shared_shapes_ = !attention_reads_host_ends(model.config(), model.device());
   recorder_ = cuda::make_graph_recorder(std::max<int>(0, model.device().index()));
   loss_ = at::zeros({}, at::TensorOptions(model.device()).dtype(at::kDouble));
 }
@@ -94,17 +74,7 @@ std::vector<bool> MicroBatchGraphs::fresh() const {
 }
 
 MicroBatchGraphs::Key MicroBatchGraphs::key_of(const ForwardInput& batch) const {
-  Key key;
-  for (auto member : tensors()) {
-    const auto& tensor = batch.*member;
-    key.push_back(tensor.defined() ? tensor.dim() : -1);
-    if (tensor.defined()) key.insert(key.end(), tensor.sizes().begin(), tensor.sizes().end());
-  }
-  // Kernels are told where documents end on the host as well.
-  if (batch.packed) {
-    key.push_back(batch.packed->max_seqlen);
-    key.insert(key.end(), batch.packed->cu_seqlens_host.begin(), batch.packed->cu_seqlens_host.end());
-  }
+  auto key = shape_key(batch);
   // A gradient's first contribution overwrites what was there.
   int64_t word = 1;
   for (const auto& gradient : gradients_) {
@@ -131,28 +101,31 @@ void MicroBatchGraphs::forget() {
   entries_.erase(oldest);
 }
 
-void MicroBatchGraphs::run(const ForwardInput& batch, const std::function<void(const ForwardInput&)>& work) {
+void MicroBatchGraphs::run(const ForwardInput& given, const std::function<void(const ForwardInput&)>& work) {
   if (gradients_.empty()) {
     for (const auto& parameter : model_.named_parameters()) {
       if (auto gradient = main_gradient(parameter.tensor)) gradients_.push_back(std::move(gradient));
     }
     for (const auto& gradient : gradients_) gradient->fixed = true;
   }
+  const auto batch = shared_shapes_ && given.packed ? in_graph_shape(given) : given;
   auto& entry = entries_[key_of(batch)];
   entry.last = ++clock_;
   if (!entry.graph && entry.runs++ < warmup_) {
-    recorder_->run([&] { work(batch); });
+    GraphInput input(batch, model_.device());
+    input.fill(batch);
+    recorder_->run([&] { work(input.batch()); });
     forget();
     return;
   }
   if (!entry.graph) {
-    entry.input = buffers(batch);
-    fill(entry.input, batch);
-    entry.graph = recorder_->record([&] { work(entry.input); });
+    entry.input.emplace(batch, model_.device());
+    entry.input->fill(batch);
+    entry.graph = recorder_->record([&] { work(entry.input->batch()); });
     entry.fresh_after = fresh();
     ++recorded_;
   } else {
-    fill(entry.input, batch);
+    entry.input->fill(batch);
     for (size_t i = 0; i < gradients_.size(); ++i) gradients_[i]->fresh = entry.fresh_after[i];
   }
   entry.graph->replay();

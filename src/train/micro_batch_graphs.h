@@ -1,4 +1,5 @@
-// Forward and backward of whole micro-batches as CUDA graphs, one for each shape that comes back.
+// Forward and backward of whole micro-batches as CUDA graphs, one for each shape that comes back. Packed rows are
+// padded to few shapes (graph_shape.h).
 #pragma once
 
 #include <functional>
@@ -11,20 +12,22 @@
 #include "layers/main_gradient.h"
 #include "mcore_bridge/optimizer_options.h"
 #include "models/gpt_model.h"
+#include "train/graph_input.h"
 
 namespace mcore_bridge {
 
 class MicroBatchGraphs {
  public:
-  /// Most graphs kept; beyond them the one that was not used for longest goes.
-  static constexpr size_t kMost = 16;
+  /// Most graphs kept; beyond them the one that was not used for longest goes. Packed rows of one length come in some
+  /// numbers of documents, by some lengths, each as a step's first micro-batch and as a later one.
+  static constexpr size_t kMost = 32;
 
   /// Throws where a micro-batch of this model cannot be recorded, saying why.
   MicroBatchGraphs(const GPTModel& model, const OptimizerOptions& options);
 
-  /// Does `work` for `batch`: forward and backward, adding to loss() and to gradients that stay where they are. It may
-  /// read no tensors but the batch's and the model's. Runs it, or launches what it enqueued for an earlier batch of the
-  /// same shape.
+  /// Does `work` for `batch` (tensors best on the host, documents filling the row): forward and backward, adding to
+  /// loss() and to gradients that stay where they are. It may read no tensors but those it is given and the model's.
+  /// Runs it, or launches what it enqueued for an earlier batch of the same shape.
   void run(const ForwardInput& batch, const std::function<void(const ForwardInput&)>& work);
 
   /// float64 scalar that stays where it is.
@@ -37,8 +40,8 @@ class MicroBatchGraphs {
   struct Entry {
     int64_t runs = 0, last = 0;
     std::unique_ptr<cuda::Graph> graph;
-    ForwardInput input;             ///< what the graph reads
-    std::vector<bool> fresh_after;  ///< state of the main gradients behind it
+    std::optional<GraphInput> input;  ///< what the graph reads
+    std::vector<bool> fresh_after;    ///< state of the main gradients behind it
   };
 
   Key key_of(const ForwardInput& batch) const;
@@ -47,6 +50,7 @@ class MicroBatchGraphs {
 
   const GPTModel& model_;
   int64_t warmup_ = 1;
+  bool shared_shapes_ = false;  ///< packed rows take graph_shape: attention reads where documents end on the device
   std::unique_ptr<cuda::GraphRecorder> recorder_;
   std::vector<std::shared_ptr<MainGradient>> gradients_;
   at::Tensor loss_;

@@ -259,7 +259,8 @@ std::map<std::string, int64_t> Trainer::cuda_graphs() const {
 StepResult Trainer::train_step(const std::vector<ForwardInput>& micro_batches, double loss_limit) {
   auto& s = *state_;
   const auto counts = count(micro_batches, s.model());
-  auto batches = shares(micro_batches, s.model());
+  // Graphs bring them to the device themselves.
+  auto batches = s.executor.graphs() ? micro_batches : shares(micro_batches, s.model());
   const double loss_scale = s.optimizer.scaler().scale();
   const bool per_token = s.options.calculate_per_token_loss;
   auto weights = loss_weights(counts, per_token);

@@ -39,6 +39,8 @@ def expected(q, k, v, ends, window):
         ([0, 384], -1),
         ([0, 100, 101, 384], -1),  # a document of one token; lengths that no tile divides
         ([0, 64, 128, 200, 256, 384], 20),
+        ([0, 150, 150, 384, 384, 384, 384, 384, 384], -1),  # empty documents between and behind
+        ([0, 150, 150, 384, 384, 384, 384, 384, 384], 20),
         ([0, 150, 384], 400),  # wider than every document
         (None, 33),
         (None, -1),

@@ -1,6 +1,7 @@
 """cuda_graph_impl: a recorded micro-batch trains as the one it was recorded from (MCB_TEST_DEVICE=cuda), and what cannot be recorded says so."""
 
 import os
+import random
 
 import mcore_bridge as mb
 import pytest
@@ -11,8 +12,8 @@ DEVICE = os.environ.get("MCB_TEST_DEVICE", "cpu")
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU (MCB_TEST_DEVICE=cuda)")
 
 
-def trainer(folder, fields=None, lora=None, family="qwen3", **options):
-    tiny.save(family, folder)
+def trainer(folder, fields=None, lora=None, family="qwen3", sizes=None, **options):
+    tiny.save(family, folder, **sizes or {})
     config = mb.ModelConfig(**mb.hf_to_mcore_config(str(folder)) | (fields or {}))
     models = mb.get_mcore_model(config, device=DEVICE)
     config.bridge.load_weights(models, folder)
@@ -51,6 +52,61 @@ def test_trains_as_without(dtype, tolerance, lora, tmp_path):
         assert abs(graphed.grad_norm / plain.grad_norm - 1) < 10 * tolerance
     # Each of two shapes comes 6 times as the step's first and as its second micro-batch: four graphs with 2 warm-ups each.
     assert last.cuda_graphs == dict(recorded=4, replayed=24 - 2 * 4)
+
+
+def packings(steps, micro, tokens, seed=3):
+    """`micro` rows a step of up to `tokens` tokens, packed from documents of random lengths."""
+    draw = random.Random(seed)
+    result = []
+    for step in range(steps):
+        batch = []
+        for index in range(micro):
+            size = tokens - draw.randrange(tokens // 20)
+            cuts = sorted(draw.sample(range(1, size), draw.randrange(2, 8)))
+            ids, labels = tiny.rows(1, size, seed=micro * step + index)
+            for end in (*cuts, size):
+                labels[0, end - 1] = -100
+            packed = mb.PackedSeqParams(torch.tensor([0, *cuts, size], dtype=torch.int32))
+            batch.append(dict(input_ids=ids, labels=labels, packed_seq_params=packed))
+        result.append(batch)
+    return result
+
+
+@on_gpu
+@pytest.mark.parametrize("cudnn", [True, False], ids=["cudnn", "flash"])
+@pytest.mark.parametrize("lora", [None, dict()], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["qwen3", "mistral_window"])
+def test_random_packings_share_graphs(family, lora, cudnn, tmp_path):
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    try:
+        sizes = dict(head_dim=16)  # kernels are for multiples of 8
+        model = dict(fields=dict(params_dtype="bfloat16"), lora=lora, family=family, sizes=sizes)
+        plain = trainer(tmp_path, **model)
+        graphed = trainer(tmp_path, **model, cuda_graph_impl="local", cuda_graph_warmup_steps=1)
+        for batch in packings(steps=20, micro=2, tokens=300):
+            expected, found = plain.train_step(batch), graphed.train_step(batch)
+            assert abs(found.loss / expected.loss - 1) < 2e-3
+            assert abs(found.grad_norm / expected.grad_norm - 1) < 2e-2
+            assert (found.tokens, found.loss_tokens) == (expected.tokens, expected.loss_tokens)
+        # 286 to 300 tokens become 288 or 320, 3 to 8 documents 8, at most 512 tokens long: two shapes, each as a step's first micro-batch
+        # and as its second.
+        counts = graphed.cuda_graphs
+        assert counts["recorded"] <= 4
+        assert counts["replayed"] >= 40 - 4
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+
+
+@on_gpu
+def test_float32_packings_are_recorded_one_by_one(tmp_path):
+    """No kernel reads on the device where documents of float32 end."""
+    graphed = trainer(tmp_path, cuda_graph_impl="local", cuda_graph_warmup_steps=1)
+    plain = trainer(tmp_path)
+    batches = packings(steps=3, micro=1, tokens=60)
+    for batch in [*batches, *batches]:
+        assert abs(graphed.train_step(batch).loss / plain.train_step(batch).loss - 1) < 1e-6
+    assert graphed.cuda_graphs == dict(recorded=3, replayed=3)
 
 
 @on_gpu

@@ -24,10 +24,15 @@ at::Tensor causal_mask(int64_t length, int64_t window_left, c10::Device device) 
 
 namespace {
 
+bool half_precision(at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16; }
+
+bool flash_attention_takes(c10::Device device, at::ScalarType type, int64_t width) {
+  return device.is_cuda() && half_precision(type) && width <= 256 && width % 8 == 0;
+}
+
 /// cuDNN's fused attention, about twice as fast as flash attention on Hopper; it keeps a plan for each shape.
 bool cudnn_attention_takes(const at::Tensor& q) {
-  const bool half = q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16;
-  if (!q.is_cuda() || !half || q.size(-1) > 128 || q.size(-1) % 8 != 0) return false;
+  if (!q.is_cuda() || !half_precision(q.scalar_type()) || q.size(-1) > 128 || q.size(-1) % 8 != 0) return false;
   return at::globalContext().userEnabledCuDNNSDP() && at::detail::getCUDAHooks().hasCuDNN() &&
          at::detail::getCUDAHooks().versionCuDNN() >= 90300;
 }
@@ -69,12 +74,16 @@ at::Tensor flash_attention(const at::Tensor& q, const at::Tensor& k, const at::T
 
 }  // namespace
 
+bool attention_reads_host_ends(const ModelConfig& config, c10::Device device) {
+  return config.context_parallel_size > 1 || config.softmax_type == "learnable" || config.attention_chunk_size ||
+         !flash_attention_takes(device, config.params_dtype, config.head_dim());
+}
+
 at::Tensor core_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& allowed,
                           const std::optional<PackedSeqParams>& packed, const std::shared_ptr<RaggedRows>& rows,
                           const CoreAttentionOptions& options, bool training) {
   const double dropout = training ? options.dropout : 0;
-  const bool half = q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16;
-  const bool flash = q.is_cuda() && half && q.size(-1) <= 256 && q.size(-1) % 8 == 0;
+  const bool flash = flash_attention_takes(q.device(), q.scalar_type(), q.size(-1));
   if (packed) {
     if (rows && dropout == 0) {
       if (auto out = cudnn_attention(q, k, v, rows, options.window_left); out.defined()) return out;
@@ -82,6 +91,7 @@ at::Tensor core_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
     if (flash && q.size(1) == 1) return flash_attention(q, k, v, packed, options.window_left, dropout);
     std::vector<at::Tensor> documents;
     const auto& ends = packed->cu_seqlens_host;
+    MCB_CHECK(!ends.empty(), "attention: no kernel of this GPU and model reads on the device where documents end");
     for (size_t i = 0; i + 1 < ends.size(); ++i) {
       const auto first = ends[i], length = ends[i + 1] - ends[i];
       if (length == 0) continue;

@@ -43,6 +43,10 @@ at::Tensor core_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
                           const std::optional<PackedSeqParams>& packed, const std::shared_ptr<RaggedRows>& rows,
                           const CoreAttentionOptions& options, bool training);
 
+/// Whether attention of packed rows reads PackedSeqParams::cu_seqlens_host. If not, where documents end is read on the
+/// device, and the host needs their number, the longest one's length or more, and the tokens of all.
+bool attention_reads_host_ends(const ModelConfig& config, c10::Device device);
+
 /// Every head has one more key of score `sinks` [n] and value 0, under any mask `allowed`. Holds all scores.
 at::Tensor masked_attention_with_sinks(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                        const at::Tensor& allowed, const at::Tensor& sinks);

@@ -157,11 +157,11 @@ struct CudnnAttention : Function<CudnnAttention> {
 
 }  // namespace
 
-RaggedRows::RaggedRows(const PackedSeqParams& packed)
+RaggedRows::RaggedRows(const PackedSeqParams& packed, int64_t tokens)
     : cu_seqlens_(packed.cu_seqlens),
       documents_(power_of_two(packed.cu_seqlens.size(0) - 1, 1)),
       longest_(power_of_two(packed.max_seqlen, 128)),
-      tokens_(power_of_two(packed.cu_seqlens_host.back(), 128)) {}
+      tokens_(power_of_two(tokens, 128)) {}
 
 const at::Tensor& RaggedRows::ends() {
   if (!ends_.defined()) {

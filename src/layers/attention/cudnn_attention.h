@@ -16,7 +16,8 @@ namespace mcore_bridge {
 /// documents and lengths are rounded up, so that few plans serve all micro-batches.
 class RaggedRows {
  public:
-  explicit RaggedRows(const PackedSeqParams& packed);
+  /// `tokens`: of all documents. Where they end is read on the device only.
+  RaggedRows(const PackedSeqParams& packed, int64_t tokens);
 
   int64_t documents() const { return documents_; }  ///< rounded up; those behind the real ones are empty
   int64_t longest() const { return longest_; }      ///< rounded up
