@@ -49,6 +49,8 @@ BALANCED = dict(
     moe_router_load_balancing_type=["aux_loss", "seq_aux_loss", "global_aux_loss"],
     moe_aux_loss_coeff=[1e-3, 1e-3, 1e-3],
 )
+# Attention that keeps its scores, and they are most of what there is.
+SCORES = dict(padded_vocab_size=500, num_layers=2, attention_dropout=0.1)
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["moe"])
 
 
@@ -78,6 +80,10 @@ CASES = {
     ),
     "attention_dropout": case(1, dict(attention_dropout=0.1)),
     "attention_dropout_again": case(1, dict(BF16, attention_dropout=0.1, recompute_granularity="selective")),
+    "attention_dropout_long": case(1, SCORES, rows=1, length=1024, micro_batches=1),
+    "attention_dropout_long_again": case(
+        1, dict(SCORES, **BF16, recompute_granularity="selective"), rows=1, length=1024, micro_batches=1
+    ),
     "window": case(1, dict(window_size=[64, 0])),
     "qk_norm": case(1, dict(BF16, qk_layernorm=True)),
     "lora": case(lora=LORA),

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "train/sharded_optimizer.h"
+#include "train/state_runs.h"
 #include "train/update_rule.h"
 
 namespace mcore_bridge {
@@ -59,8 +60,12 @@ PlannedBuffers plan_buffers(const std::vector<ManagedParameter>& parameters, con
       result.weights += static_cast<int64_t>(parameter.tensor.nbytes());
     }
   }
-  double optimizer = 0;
-  for (const auto& layout : bucket_layouts(managed, parallel, buffers)) {
+  const auto layouts = bucket_layouts(managed, parallel, buffers);
+  int64_t to_offload = 0;
+  for (const auto& layout : layouts)
+    to_offload += managed[static_cast<size_t>(layout.slots[0].item)].trainable ? layout.elements / layout.shards : 0;
+  to_offload = options.optimizer_cpu_offload ? offloaded_elements(options.optimizer_offload_fraction, to_offload) : 0;
+  for (const auto& layout : layouts) {
     const auto& first = managed[static_cast<size_t>(layout.slots[0].item)];
     const int64_t ranks = parallel.replicas(first.traits.expert).size();
     const auto element = static_cast<int64_t>(c10::elementSize(first.tensor.scalar_type()));
@@ -78,10 +83,11 @@ PlannedBuffers plan_buffers(const std::vector<ManagedParameter>& parameters, con
     if (!first.trainable) continue;
     result.gradients += result.grad_element * (shards_grads ? shard : layout.elements);
     if (shards_grads) unit.gradients += result.grad_element * layout.elements;
+    std::vector<StateSlot> slots;
     for (const auto& slot : layout.slots) {
       const auto& parameter = managed[static_cast<size_t>(slot.item)];
       const auto elements = parameter.tensor.numel(), mine = before(shard - slot.offset, 0, elements);
-      optimizer += static_cast<double>(mine * states.of(parameter, buffers.whole(parameter)));
+      slots.push_back({slot.offset, elements, buffers.class_of(parameter), buffers.whole(parameter)});
       const auto& traits = parameter.traits;
       const auto row = row_elements(parameter.tensor);
       if (traits.sum_over_tp) (traits.expert ? result.expert_partial : result.partial) += mine;
@@ -92,9 +98,11 @@ PlannedBuffers plan_buffers(const std::vector<ManagedParameter>& parameters, con
         if (held > 0) result.shared[traits.shared_copies] += held;
       }
     }
+    for (const auto& run : state_runs(slots, 0, shard, to_offload)) {
+      const auto& parameter = managed[static_cast<size_t>(layout.slots[run.first].item)];
+      if (!run.on_host) result.optimizer += (run.end - run.begin) * states.of(parameter, slots[run.first].whole);
+    }
   }
-  if (options.optimizer_cpu_offload) optimizer *= 1 - options.optimizer_offload_fraction;
-  result.optimizer = static_cast<int64_t>(optimizer);
   return result;
 }
 

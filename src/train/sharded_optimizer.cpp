@@ -5,11 +5,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <iterator>
 #include <regex>
-#include <tuple>
 
 #include "mcore_bridge/error.h"
+#include "train/state_runs.h"
 
 namespace mcore_bridge {
 namespace {
@@ -102,7 +101,7 @@ ShardedOptimizer::ShardedOptimizer(std::shared_ptr<ParameterBuffers> buffers, Pa
   if (options.optimizer_cpu_offload) {
     int64_t all = 0;
     for (const auto& bucket : buffers_->buckets()) all += bucket->trainable() ? bucket->end() - bucket->begin() : 0;
-    to_offload_ = std::llround(options.optimizer_offload_fraction * static_cast<double>(all));
+    to_offload_ = offloaded_elements(options.optimizer_offload_fraction, all);
   }
   for (const auto& bucket : buffers_->buckets()) {
     if (bucket->trainable()) make_segments(*bucket);
@@ -114,49 +113,27 @@ ShardedOptimizer::ShardedOptimizer(std::shared_ptr<ParameterBuffers> buffers, Pa
 }
 
 void ShardedOptimizer::make_segments(const Bucket& bucket) {
-  Segment open;
-  UpdateClass kind{};
-  int64_t first = 0, last = 0;  // of the open segment, in the bucket
-  auto close = [&] {
-    if (open.pieces.empty()) return;
-    const auto* rule = kind.matrix ? rule_.get() : scalar_rule_.get();
-    open.lr_mult = kind.lr_mult;
-    open.decays = kind.decays;
-    // The part for host memory comes first; matrices are not cut, they stay.
-    const auto host = rule->whole() ? 0 : std::min(to_offload_, last - first);
-    to_offload_ -= host;
-    for (const auto& [from, to, on_host] :
-         {std::tuple{first, first + host, true}, std::tuple{first + host, last, false}}) {
-      if (from == to) continue;
-      Segment part = open;
-      part.pieces.clear();
-      part.on_host = on_host;
-      part.parameter = bucket.param_shard().narrow(0, from - bucket.begin(), to - from);
-      part.grad = bucket.grad_shard().narrow(0, from - bucket.begin(), to - from);
-      for (const auto& piece : open.pieces) {  // offsets are the bucket's until here
-        const auto begin = std::max(from, piece.offset), end = std::min(to, piece.offset + piece.end - piece.begin);
-        if (begin >= end) continue;
-        part.pieces.push_back(
-            {piece.parameter, piece.begin + begin - piece.offset, piece.begin + end - piece.offset, begin - from});
-      }
-      if (!part.pieces.empty()) add_segment(std::move(part), rule);
-    }
-    open.pieces.clear();
-  };
-  for (const auto& entry : bucket.entries()) {
-    const auto begin = std::max(entry.offset, bucket.begin()),
-               end = std::min(entry.offset + entry.elements(), bucket.end());
-    if (begin >= end) continue;
-    const auto mine = class_of(options_, *entry.parameter);
-    if (open.pieces.empty() || mine != kind) {
-      close();
-      kind = mine;
-      first = begin;
-    }
-    open.pieces.push_back({entry.parameter, begin - entry.offset, end - entry.offset, begin});
-    last = end;
+  const auto kinds = buffer_options(options_);
+  const auto& entries = bucket.entries();
+  std::vector<StateSlot> slots;
+  for (const auto& entry : entries) {
+    slots.push_back({.offset = entry.offset,
+                     .elements = entry.elements(),
+                     .kind = kinds.class_of(*entry.parameter),
+                     .whole = kinds.whole(*entry.parameter)});
   }
-  close();
+  for (const auto& run : state_runs(slots, bucket.begin(), bucket.end(), to_offload_)) {
+    const auto kind = class_of(options_, *entries[run.first].parameter);
+    Segment segment{.lr_mult = kind.lr_mult, .decays = kind.decays, .on_host = run.on_host};
+    segment.parameter = bucket.param_shard().narrow(0, run.begin - bucket.begin(), run.end - run.begin);
+    segment.grad = bucket.grad_shard().narrow(0, run.begin - bucket.begin(), run.end - run.begin);
+    for (const auto& entry : entries) {
+      const auto begin = std::max(run.begin, entry.offset), end = std::min(run.end, entry.offset + entry.elements());
+      if (begin >= end) continue;
+      segment.pieces.push_back({entry.parameter, begin - entry.offset, end - entry.offset, begin - run.begin});
+    }
+    add_segment(std::move(segment), kind.matrix ? rule_.get() : scalar_rule_.get());
+  }
 }
 
 void ShardedOptimizer::add_segment(Segment segment, const UpdateRule* rule) {

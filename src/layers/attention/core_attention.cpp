@@ -193,7 +193,7 @@ Footprint core_attention_footprint(const HeadLayout& heads, const CoreAttentionI
     const bool values = reads_values(heads, shape);
     result.offloaded = q + (values && !inputs.v_kept ? kv : 0);
     result.saved = result.offloaded + (values ? 2 : 3) * wide + 3 * scores;
-    result.workspace = 4 * wide + 3 * scores;
+    result.workspace = 4 * wide + scores;  // each of the three goes when its gradient is there
     return result;
   }
   result.offloaded = q;  // output

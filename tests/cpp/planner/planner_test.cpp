@@ -11,6 +11,7 @@
 #include "models/gpt_model.h"
 #include "planner/memory.h"
 #include "planner/time.h"
+#include "train/sharded_optimizer.h"
 
 namespace mcore_bridge {
 namespace {
@@ -163,7 +164,16 @@ TEST(Planner, TrainableBytesAreTheTrainers) {
   }
   EXPECT_EQ(plan.stages[0].parameters, parameters);
   EXPECT_EQ(plan.stages[0].trainable, trainable);
-  EXPECT_EQ(plan.stages[0].memory.optimizer, 12 * trainable);
+  for (const double offloaded : {0.0, 0.3, 1.0}) {
+    request.optimizer.optimizer_cpu_offload = offloaded > 0;
+    request.optimizer.optimizer_offload_fraction = offloaded;
+    const auto buffers = std::make_shared<ParameterBuffers>(managed_parameters(chunks), ParallelState::single(),
+                                                            buffer_options(request.optimizer));
+    const ShardedOptimizer optimizer(buffers, ParallelState::single(), request.optimizer);
+    EXPECT_EQ(plan_layout(request).stages[0].memory.optimizer, optimizer.device_bytes()) << offloaded;
+    // Rows of 16 and of 3 begin at multiples of 64 elements: the gaps have states as well.
+    EXPECT_GT(optimizer.device_bytes() + optimizer.host_bytes(), 12 * trainable);
+  }
 }
 
 }  // namespace mcore_bridge

@@ -2,10 +2,12 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <tuple>
 
 #include "mcore_bridge/error.h"
 #include "train/newton_schulz.h"
 #include "train/sharded_optimizer.h"
+#include "train/state_runs.h"
 
 namespace mcore_bridge {
 namespace {
@@ -220,6 +222,28 @@ TEST(BucketLayout, CoversEverythingOnce) {
     previous = first;
   }
   for (const int count : seen) EXPECT_EQ(count, 1);
+}
+
+TEST(StateRuns, AreWhatIsUpdatedAlikeAndTheGapsBetween) {
+  const std::vector<StateSlot> slots{{.offset = 0, .elements = 32, .kind = 1},
+                                     {.offset = 64, .elements = 100, .kind = 1},
+                                     {.offset = 192, .elements = 10, .kind = 2, .whole = true},
+                                     {.offset = 256, .elements = 64, .kind = 3}};
+  using Run = std::tuple<int64_t, int64_t, size_t, bool>;
+  auto runs = [&](int64_t begin, int64_t end, int64_t& to_offload) {
+    std::vector<Run> result;
+    for (const auto& run : state_runs(slots, begin, end, to_offload))
+      result.push_back({run.begin, run.end, run.first, run.on_host});
+    return result;
+  };
+  int64_t none = 0, some = 50, more = 200;
+  EXPECT_EQ(runs(0, 320, none), (std::vector<Run>{{0, 164, 0, false}, {192, 202, 2, false}, {256, 320, 3, false}}));
+  EXPECT_EQ(runs(128, 256, none), (std::vector<Run>{{128, 164, 1, false}, {192, 202, 2, false}}));
+  EXPECT_EQ(runs(0, 320, some),
+            (std::vector<Run>{{0, 50, 0, true}, {50, 164, 0, false}, {192, 202, 2, false}, {256, 320, 3, false}}));
+  EXPECT_EQ(some, 0);
+  EXPECT_EQ(runs(0, 320, more),
+            (std::vector<Run>{{0, 164, 0, true}, {192, 202, 2, false}, {256, 292, 3, true}, {292, 320, 3, false}}));
 }
 
 TEST(NewtonSchulz, Orthogonalizes) {
