@@ -47,6 +47,7 @@ CASES = {
     "8b-lora-packed": dict(shape="8b", tuner="lora", batch=2, length=4096, documents=4),
     "8b-lora-recompute": dict(shape="8b", tuner="lora", batch=2, length=4096, recompute=True),
     "8b-lora-fp8": dict(shape="8b", tuner="lora", batch=2, length=4096, config=FP8),
+    "8b-lora-fp8-param": dict(shape="8b", tuner="lora", batch=2, length=4096, config=FP8 | dict(fp8_param=True)),
     "8b-lora-fp8-delayed": dict(shape="8b", tuner="lora", batch=2, length=4096, config=FP8 | dict(fp8_recipe="delayed")),
     "8b-lora-fp8-blockwise": dict(
         shape="8b", tuner="lora", batch=2, length=4096, config=FP8 | dict(fp8="e4m3", fp8_recipe="blockwise")
@@ -129,7 +130,10 @@ def fill(parameters):
     torch.manual_seed(0)
     with torch.no_grad():
         for p in parameters:
-            p.normal_(0, 0.02) if p.dim() > 1 else p.fill_(1)
+            if p.dtype == torch.float8_e4m3fn:  # codes, whose scale is 1
+                p.copy_(torch.empty(p.shape, dtype=torch.bfloat16, device=p.device).normal_(0, 0.02))
+            else:
+                p.normal_(0, 0.02) if p.dim() > 1 else p.fill_(1)
 
 
 def model_config(case):

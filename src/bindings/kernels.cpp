@@ -95,6 +95,10 @@ void init_fp8(py::module_& kernels) {
                       or_none(pair.turned.scale)};
   });
   kernels.def("fp8_raise_amax", &fp8_raise_amax);
+  kernels.def("fp8_turned", [](const Fp8Tensors& matrix, const std::string& scaling) {
+    const auto turned = fp8_turned(fp8_matrix(matrix, scaling));
+    return std::pair{turned.values, turned.scale};
+  });
   kernels.def("fp8_dequantize", [](const Fp8Tensors& matrix, const std::string& scaling) {
     return fp8_dequantize(fp8_matrix(matrix, scaling));
   });

@@ -1,5 +1,6 @@
 #include "bindings/bindings.h"
 #include "bindings/forward_input.h"
+#include "mcore_bridge/error.h"
 #include "models/gpt_model.h"
 
 namespace mcore_bridge {
@@ -37,6 +38,18 @@ void init_model(py::module_& module) {
           },
           "Which parameters are split over the tensor-parallel ranks")
       .def("named_modules", &GPTModel::named_modules)
+      .def(
+          "set_weight",
+          [](GPTModel& model, const std::string& name, const at::Tensor& values) {
+            for (const auto& [linear, layer] : model.linears()) {
+              if (linear + ".weight" == name) return layer->set_weight_values(values);
+            }
+            fail<KeyError>("set_weight: the model has no linear layer with '", name, "'");
+          },
+          py::arg("name"), py::arg("values"), NoGil(),
+          "Fills a linear layer's weight with values (no FP8 codes), by its name without an adapter's base_layer. "
+          "Collective over the "
+          "tensor-parallel ranks.")
       .def("train", &GPTModel::train)
       .def_property_readonly("pre_process", [](const GPTModel& model) { return model.place().pre_process; })
       .def_property_readonly("post_process", [](const GPTModel& model) { return model.place().post_process; })

@@ -43,7 +43,7 @@ std::vector<PlannedParameter> planned_parameters(const Chunks& chunks, const Sel
   for (const auto& chunk : chunks) {
     std::map<std::string, at::Tensor> tensors;
     for (auto& parameter : chunk->named_parameters()) tensors[without_base_layer(parameter.name)] = parameter.tensor;
-    std::map<std::string, const ParallelLinear*> linears;
+    std::map<std::string, ParallelLinear*> linears;
     for (const auto& [name, layer] : chunk->linears()) linears[name + ".weight"] = layer;
     std::map<std::string, const GroupedParallelLinear*> experts;
     for (const auto& [name, layer] : chunk->grouped_linears()) experts[name + ".weight"] = layer;
@@ -57,13 +57,16 @@ std::vector<PlannedParameter> planned_parameters(const Chunks& chunks, const Sel
                             ", the plan says ", plan.sizes);
       const auto linear = linears.find(plan.name);
       std::function<at::Tensor()> value = [tensor] { return tensor.detach(); };
+      auto* in_fp8 = linear != linears.end() && linear->second->weight_in_fp8() ? linear->second : nullptr;
+      if (in_fp8) value = [in_fp8] { return in_fp8->weight_values(); };
       if (selection.merge_lora && linear != linears.end()) {
         value = [layer = linear->second, name = selection.adapter_name] { return layer->merged_weight(name); };
       }
       if (const auto grouped = experts.find(plan.name); selection.merge_lora && grouped != experts.end()) {
         value = [layer = grouped->second, name = selection.adapter_name] { return layer->merged_weight(name); };
       }
-      result.push_back({std::move(plan), tensor, std::move(value)});
+      const auto dtype = in_fp8 ? chunk->config().params_dtype : tensor.scalar_type();
+      result.push_back({std::move(plan), tensor, std::move(value), dtype, in_fp8});
     }
   }
   return result;

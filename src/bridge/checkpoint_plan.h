@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "layers/linear.h"
 #include "mcore_bridge/bridge.h"
 #include "mcore_bridge/materialised.h"
 #include "parallel/parallel_state.h"
@@ -15,11 +16,13 @@
 namespace mcore_bridge {
 
 /// A local parameter and where its elements belong. `value()` is what gets written (merged when asked); `tensor` is the
-/// parameter itself, which loading fills.
+/// parameter itself, which loading fills, unless it is FP8 codes of `in_fp8`, which takes and gives values of `dtype`.
 struct PlannedParameter {
   ParameterPlan plan;
   at::Tensor tensor;
   std::function<at::Tensor()> value;
+  c10::ScalarType dtype;             ///< of the values
+  ParallelLinear* in_fp8 = nullptr;  ///< null: `tensor` holds the values
 };
 
 /// Which checkpoint is meant: the model's weights or one adapter.

@@ -2,16 +2,14 @@
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
-#include <atomic>
 #include <mutex>
 #include <set>
 
-#include "bridge/block_loader.h"
 #include "bridge/checkpoint_plan.h"
 #include "bridge/checkpoint_reader.h"
+#include "bridge/parameter_reader.h"
 #include "bridge/region_blocks.h"
 #include "bridge/tensor_source.h"
-#include "core/thread_pool.h"
 #include "mcore_bridge/error.h"
 #include "models/gpt_model.h"
 #include "parallel/together.h"
@@ -31,14 +29,6 @@ std::string joined(const std::vector<std::string>& lines) {
 bool ignorable(const std::string& name, bool tied) {
   return name.ends_with("rotary_emb.inv_freq") || (tied && name == "lm_head.weight");
 }
-
-/// A part of a parameter and where it comes from.
-struct Block {
-  const TensorSource* source;
-  Box box;
-  at::Tensor target;
-  TensorSource::Position position;
-};
 
 /// A tensor that a converter makes: whole when the first box is read, gone after the last.
 class ConvertedSource : public TensorSource {
@@ -95,8 +85,6 @@ OpenedTensor open_converted(const Conversion& conversion, const HfTensor& tensor
 
 /// "model.layers.0.mlp" of "model.layers.0.mlp.gate.weight": names that share it belong to one module.
 std::string module_of(const std::string& name) { return name.substr(0, name.rfind('.')); }
-
-using Sources = std::map<std::string, std::shared_ptr<const TensorSource>>;
 
 /// Finds every tensor of the whole checkpoint, so that every rank finds the same, and checks all before anything is
 /// copied.
@@ -164,42 +152,7 @@ LoadReport load(const Chunks& chunks, const std::string& folder, const LoadOptio
   const auto sources = open_sources(reader, conversion, chunks, selection, folder, options.strict, report);
 
   const at::NoGradGuard no_grad;
-  std::vector<Block> blocks;
-  int64_t work = 0;  // bytes of the parameters to be filled
-  for (const auto& parameter : parameters) {
-    const auto target = parameter.tensor.detach();
-    int64_t covered = 0;
-    for (const auto& region : parameter.plan.regions) {
-      const auto& tensor = parameter.plan.tensors[region.tensor];
-      const auto found = sources.find(tensor.name);
-      if (found == sources.end()) continue;
-      const auto& source = *found->second;
-      const auto elements = BlockLoader::kBlockBytes / static_cast<int64_t>(c10::elementSize(source.dtype()));
-      for (auto& [box, view] : region_blocks(tensor, region, target, elements, source.row_block())) {
-        source.expect(box);
-        report.bytes_needed += static_cast<int64_t>(source.file_bytes(box));
-        work += static_cast<int64_t>(view.nbytes());
-        blocks.push_back({&source, box, view, source.position(box)});
-      }
-      covered += region.rows * region.cols;
-    }
-    if (parameter.plan.rule.pad_rows && covered > 0 && covered < target.numel()) target.zero_();
-  }
-  std::sort(blocks.begin(), blocks.end(), [](const auto& a, const auto& b) { return a.position < b.position; });
-
-  const int threads = io_threads();
-  std::vector<BlockLoader> loaders(static_cast<size_t>(threads));
-  std::atomic<int64_t> done = 0;
-  auto load_block = [&](size_t index, int thread) {
-    const at::NoGradGuard worker_no_grad;
-    const auto& block = blocks[index];
-    loaders[thread].load(*block.source, block.box, block.target);
-    done += block.target.nbytes();
-  };
-  run_parallel(blocks.size(), threads, load_block, [&] {
-    if (options.progress) options.progress(done, work);
-  });
-  for (auto& loader : loaders) loader.finish();
+  ParameterReader(sources, parameters, options.progress).run(chunks[0]->parallel().tp, report);
   note_weights_written(/*frozen=*/true);
   if (!options.peft_format) chunks[0]->fp8_scales.clear();
   for (const auto& [name, source] : sources) {

@@ -35,7 +35,7 @@ void write_parameters(const std::vector<PlannedParameter>& parameters, const Ten
   int64_t total = 0;
   for (const auto& parameter : parameters) {
     for (const auto& region : parameter.plan.regions)
-      if (region.owner) total += region.rows * region.cols * static_cast<int64_t>(parameter.tensor.element_size());
+      if (region.owner) total += region.rows * region.cols * static_cast<int64_t>(c10::elementSize(parameter.dtype));
   }
   std::atomic<int64_t> done = 0;
   for (size_t next = 0; next < parameters.size();) {

@@ -43,6 +43,9 @@ class TensorSource {
   virtual int64_t row_block() const { return 1; }
   /// The scales of a matrix in blocks of 128 x 128, filled in by the reads; null for other formats.
   virtual const Fp8Scales* scales() const { return nullptr; }
+  /// The FP8 codes behind the values, for parameters that keep codes themselves: its reads fill in scales() as well.
+  /// Null where scales() is.
+  virtual const TensorSource* codes() const { return nullptr; }
   /// Announces, before the first read, a box that will be read exactly once. A source that has to hold something can
   /// free it after the last.
   virtual void expect(const Box& box) const {}

@@ -67,7 +67,6 @@ const std::vector<Known>& table() {
       hint("mtp_shared_weights"),
       hint("mtp_decoder_input_detach"),
       hint("mtp_unroll_steps"),
-      off("fp8_param", {false}),
       off("fp4", {false}),
       off("apply_query_key_layer_scaling", {false}),
       off("attention_output_gate", {false}),

@@ -124,6 +124,10 @@ void check_recompute(const ModelConfig& c) {
 }
 
 void check_fp8(const ModelConfig& c) {
+  MCB_CHECK(
+      c.fp8 || !c.fp8_param,
+      "ModelConfig.fp8_param keeps the weights of layers that compute in FP8, and fp8 is off; set fp8 (--fp8_format) "
+      "too, or leave out fp8_param (--fp8_param_gather)");
   if (!c.fp8) return;  // the other fields say nothing then
   one_of("ModelConfig.fp8", *c.fp8, {"e4m3", "hybrid"});
   MCB_CHECK(c.fp8_recipe != "mxfp8",

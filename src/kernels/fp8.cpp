@@ -42,6 +42,11 @@ Fp8Matrix by_rows(const at::Tensor& x, at::ScalarType format) {
   return {values.t().contiguous(), scale_of(factor), Fp8Scaling::kRows};
 }
 
+/// Blocks' scales as kernels take them.
+at::Tensor grid(const at::Tensor& scale) {
+  return at::constant_pad_nd(scale, {0, up_to(scale.size(1), 4) - scale.size(1)}).contiguous();
+}
+
 /// What quantize_kernel computes, x in fp32 and padded.
 Fp8Pair reference_pair(const at::Tensor& x, const Fp8Quantization& how) {
   Fp8Pair result;
@@ -65,9 +70,6 @@ Fp8Pair reference_pair(const at::Tensor& x, const Fp8Quantization& how) {
   const auto factor = factor_of(magnitude(blocks, {1, 3}), how.format);
   scale = scale_of(factor);
   values = rounded(blocks * factor.view({rows, 1, columns, 1}), how.format).view(x.sizes());
-  auto grid = [](const at::Tensor& scale) {
-    return at::constant_pad_nd(scale, {0, up_to(scale.size(1), 4) - scale.size(1)}).contiguous();
-  };
   if (how.straight) result.straight = {values, grid(scale), how.scaling};
   if (how.turned) result.turned = {values.t().contiguous(), grid(scale.t()), how.scaling};
   return result;
@@ -171,6 +173,31 @@ void fp8_raise_amax(const at::Tensor& given, const at::Tensor& amax) {
   const c10::DeviceGuard guard(given.device());
   const auto x = readable(given);
   cuda::fp8_amax(pointer(x), x.numel(), amax.mutable_data_ptr<float>(), *kernel_type(x), current_stream(x));
+}
+
+Fp8Matrix fp8_turned(const Fp8Matrix& matrix) {
+  TORCH_INTERNAL_ASSERT(matrix.scaling != Fp8Scaling::kRows);
+  const bool blocks = matrix.scaling == Fp8Scaling::kBlocks;
+  const auto rows = matrix.values.size(0), columns = matrix.values.size(1);
+  if (!matrix.values.is_cuda()) {
+    const auto scale = blocks ? grid(matrix.scale.narrow(1, 0, columns / kBlock).t()) : matrix.scale;
+    return {matrix.values.t().contiguous(), scale, matrix.scaling};
+  }
+  const c10::DeviceGuard guard(matrix.values.device());
+  Fp8Matrix result{at::empty({columns, rows}, matrix.values.options()), matrix.scale, matrix.scaling};
+  cuda::Fp8Turn p{.rows = rows,
+                  .columns = columns,
+                  .q = static_cast<const uint8_t*>(matrix.values.const_data_ptr()),
+                  .q_t = static_cast<uint8_t*>(result.values.mutable_data_ptr())};
+  if (blocks) {
+    result.scale = at::empty({columns / kBlock, up_to(rows / kBlock, 4)}, matrix.scale.options());
+    p.scale = matrix.scale.const_data_ptr<float>();
+    p.scale_t = result.scale.mutable_data_ptr<float>();
+    p.scale_stride = matrix.scale.size(1);
+    p.scale_t_stride = result.scale.size(1);
+  }
+  cuda::fp8_turn(p, current_stream(matrix.values));
+  return result;
 }
 
 at::Tensor fp8_dequantize(const Fp8Matrix& matrix) { return matrix.values.to(at::kFloat) * spread(matrix); }

@@ -46,6 +46,8 @@ constexpr int64_t fp8_multiple(Fp8Scaling scaling) { return fp8_row_multiple(sca
 Fp8Pair fp8_quantize(const at::Tensor& x, const Fp8Quantization& how);
 /// Raises `amax` ([1] float) to the largest magnitude of x.
 void fp8_raise_amax(const at::Tensor& x, const at::Tensor& amax);
+/// x^T of a matrix with one scale or one a block, its extents multiples of fp8_multiple: the same numbers.
+Fp8Matrix fp8_turned(const Fp8Matrix& matrix);
 /// values * scale, fp32.
 at::Tensor fp8_dequantize(const Fp8Matrix& matrix);
 

@@ -41,7 +41,8 @@ Fp8Pair Fp8Linear::quantize(const at::Tensor& x, Slot slot, bool split, Fp8Quant
   how.scaling = scaling();
   if (how.scaling != Fp8Scaling::kTensor) {
     if (slot == kWeight) how.scaling = Fp8Scaling::kBlocks;
-  } else if (options_.recipe == Fp8Recipe::kDelayed && options_.history->known()) {
+  } else if (options_.recipe == Fp8Recipe::kDelayed && options_.history->known() &&
+             (slot != kWeight || x.requires_grad())) {  // what never changes has no use for a history
     how.reference = options_.history->reference(options_.first_slot + slot);
     if (training_) how.amax = options_.history->next(options_.first_slot + slot);
   } else {
@@ -51,7 +52,41 @@ Fp8Pair Fp8Linear::quantize(const at::Tensor& x, Slot slot, bool split, Fp8Quant
   return fp8_quantize(x, how);
 }
 
+Fp8Matrix Fp8Linear::stored(const at::Tensor& codes) const {
+  return {codes.detach(), stored_scale_,
+          options_.recipe == Fp8Recipe::kBlockwise ? Fp8Scaling::kBlocks : Fp8Scaling::kTensor};
+}
+
+void Fp8Linear::store_weight(const at::Tensor& codes) {
+  const auto options = codes.options().dtype(at::kFloat).requires_grad(false);
+  const bool blocks = options_.recipe == Fp8Recipe::kBlockwise;
+  stored_scale_ =
+      blocks ? at::ones({codes.size(0) / 128, (codes.size(1) / 128 + 3) / 4 * 4}, options) : at::ones({1}, options);
+}
+
+void Fp8Linear::quantize_weight(const at::Tensor& values, const at::Tensor& codes) {
+  const at::NoGradGuard no_grad;
+  const auto made = quantize(values.detach(), kWeight, true, {}).straight;
+  codes.detach().copy_(made.values);
+  if (stored_scale_.dim() == 1) {
+    stored_scale_.copy_(made.scale);
+  } else {  // what is beyond the blocks stays as it is, so that equal weights are equal buffers
+    const auto blocks = codes.size(1) / 128;
+    stored_scale_.narrow(1, 0, blocks).copy_(made.scale.narrow(1, 0, blocks));
+  }
+}
+
+at::Tensor Fp8Linear::weight_values(const at::Tensor& codes) const {
+  const at::NoGradGuard no_grad;
+  return fp8_dequantize(stored(codes));
+}
+
+int64_t Fp8Linear::weight_bytes(int64_t elements) const {
+  return stores_weight() ? static_cast<int64_t>(stored_scale_.nbytes()) : 2 * elements;
+}
+
 Fp8Matrix Fp8Linear::weight(const at::Tensor& weight, bool turned) {
+  if (stores_weight()) return turned ? fp8_turned(stored(weight)) : stored(weight);
   if (!keep_) {
     weight_ = {};
     const auto made = quantize(weight, kWeight, true, {.straight = !turned, .turned = turned});
@@ -83,9 +118,10 @@ Fp8Pair Fp8Linear::gradient(const at::Tensor& dy, bool straight, bool turned) {
   return quantize(dy, kGradient, options_.column, {.straight = straight, .turned = turned});
 }
 
-at::Tensor Fp8Linear::input_gradient(const Fp8Matrix& dy, int64_t rows, const at::Tensor& w, const at::Tensor& addend) {
+at::Tensor Fp8Linear::input_gradient(const Fp8Matrix& dy, int64_t rows, at::ScalarType dtype, const at::Tensor& w,
+                                     const at::Tensor& addend) {
   const at::NoGradGuard no_grad;
-  return fp8_matmul(dy, weight(w, true), rows, w.scalar_type(), addend);
+  return fp8_matmul(dy, weight(w, true), rows, dtype, addend);
 }
 
 Fp8Matrix Fp8Linear::turned_input(const at::Tensor& x, const at::Tensor& amax) {

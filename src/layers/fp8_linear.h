@@ -53,16 +53,27 @@ class Fp8Linear {
 
   /// dy [rows, out]: straight for the input's gradient, turned for the weight's.
   Fp8Pair gradient(const at::Tensor& dy, bool straight, bool turned);
-  /// dy W (+ addend), [rows, in] of dtype.
-  at::Tensor input_gradient(const Fp8Matrix& dy, int64_t rows, const at::Tensor& weight, const at::Tensor& addend);
+  /// dy W (+ addend), [rows, in] of `dtype`.
+  at::Tensor input_gradient(const Fp8Matrix& dy, int64_t rows, at::ScalarType dtype, const at::Tensor& weight,
+                            const at::Tensor& addend);
   /// x as backward multiplies it: dW = turned dy times turned x.
   Fp8Matrix turned_input(const at::Tensor& x, const at::Tensor& amax);
 
   /// Whether the quantised weight stays until the weight changes (the default), or is made for every use: where the
   /// weight itself comes and goes.
   void keep_weight(bool keep) { keep_ = keep; }
-  /// Bytes this layer keeps of its weight from one step to the next.
-  static int64_t weight_bytes(int64_t elements) { return 2 * elements; }
+  /// Bytes this layer keeps of its weight from one step to the next, beside the parameter.
+  int64_t weight_bytes(int64_t elements) const;
+
+  /// fp8_param: from now on every `weight` given here is codes, [out, in] float8_e4m3fn, that count what `stored_scale`
+  /// says. They are multiplied as they lie there; backward turns them round for itself.
+  void store_weight(const at::Tensor& codes);
+  bool stores_weight() const { return stored_scale_.defined(); }
+  const at::Tensor& stored_scale() const { return stored_scale_; }  ///< as Fp8Matrix::scale
+  /// Quantises `values` [out, in] into the codes. Collective over `tp` where one scale serves the whole tensor.
+  void quantize_weight(const at::Tensor& values, const at::Tensor& codes);
+  /// What the codes stand for, in fp32.
+  at::Tensor weight_values(const at::Tensor& codes) const;
 
  private:
   enum Slot { kInput, kWeight, kGradient };
@@ -72,7 +83,10 @@ class Fp8Linear {
   Fp8Pair quantize(const at::Tensor& x, Slot slot, bool split, Fp8Quantization how, at::Tensor* scaled_for = nullptr);
   Fp8Matrix weight(const at::Tensor& weight, bool turned);
 
+  Fp8Matrix stored(const at::Tensor& codes) const;
+
   Fp8Options options_;
+  at::Tensor stored_scale_;
   bool training_ = true, keep_ = true;
   Fp8Pair weight_;  // both ways, until the weight changes
   struct Stamp {

@@ -35,7 +35,7 @@ PartLayout part_layout(const LinearOptions& options, int tp) {
 }  // namespace
 
 ParallelLinear::ParallelLinear(LinearOptions options, ParallelStatePtr parallel, at::TensorOptions tensor_options)
-    : options_(options), parallel_(std::move(parallel)) {
+    : options_(options), parallel_(std::move(parallel)), dtype_(c10::typeMetaToScalarType(tensor_options.dtype())) {
   const auto tp = parallel_->tp.size();
   const auto rows = part_layout(options_, tp).rows();
   const auto columns = options_.shard == Shard::kRow ? options_.in / tp : options_.in;
@@ -82,6 +82,10 @@ std::vector<NamedParameter> ParallelLinear::own_parameters() const {
   };
   ParameterTraits matrix{.tp_split = parallel, .split_columns = !column, .parts = parts_of(all_parts)};
   result.push_back({base + "weight", weight_, with_shared_rows(matrix, all_parts)});
+  if (weight_in_fp8()) {
+    const auto& scale = fp8_->stored_scale();
+    result.push_back({base + "weight_scale_inv", scale, {.tp_split = parallel && scale.dim() > 1, .buffer = true}});
+  }
   if (bias_.defined()) {
     ParameterTraits traits{.tp_split = parallel && column, .sum_over_tp = sequence && !column, .no_weight_decay = true};
     result.push_back({base + "bias", bias_, column ? with_shared_rows(traits, all_parts) : traits});
@@ -129,12 +133,20 @@ RandomStream ParallelLinear::dropout_stream() const {
   return alike ? RandomStream::kReplicated : RandomStream::kSplit;
 }
 
+void ParallelLinear::prepare_fp8() const {
+  MCB_CHECK(
+      !fp8_->stores_weight() || !weight_.requires_grad() || !at::GradMode::is_enabled(),
+      "fp8_param: weights that are FP8 codes alone cannot train: add_lora freezes them, requires_grad_(False) does, "
+      "or leave out fp8_param (--fp8_param_gather) and keep fp8");
+  fp8_->set_training(training());
+}
+
 LinearOutput ParallelLinear::run(const at::Tensor& x, const at::Tensor& delta, LinearPlan plan) const {
   plan.layout = part_layout(options_, parallel_->tp.size());
   plan.column = options_.shard == Shard::kColumn;
   plan.group = parallel_->tp;
   plan.fp8 = fp8_;
-  if (fp8_) fp8_->set_training(training());
+  if (fp8_) prepare_fp8();
   LinearTensors tensors{
       .x_sbh = x, .delta = delta, .weight = weight_, .bias = bias_, .norm_weight = layer_norm_weight_};
   bool draws = false;
@@ -154,7 +166,7 @@ LinearOutput ParallelLinear::run(const at::Tensor& x, const at::Tensor& delta, L
 
 at::Tensor ParallelLinear::forward_sharded(const at::Tensor& x) const {
   const auto& tp = parallel_->tp;
-  if (fp8_) fp8_->set_training(training());
+  if (fp8_) prepare_fp8();
   ActivationOffload::keep(x);
   if (options_.shard == Shard::kColumn) {
     auto y = gathered_linear(x, weight_, bias_, tp, options_.overlap, fp8_);
@@ -196,8 +208,9 @@ void ParallelLinear::add_adapter(const std::string& name, std::vector<bool> part
     ++count;
   }
   MCB_CHECK(count > 0, "add_lora: no part of the layer is adapted");
-  adapters_[name] = {.a = at::empty({count * r, weight_.size(1)}, weight_.options()).requires_grad_(true),
-                     .b = at::zeros({rows, r}, weight_.options()).requires_grad_(true),
+  const auto like = weight_.options().dtype(dtype_).requires_grad(false);
+  adapters_[name] = {.a = at::empty({count * r, weight_.size(1)}, like).requires_grad_(true),
+                     .b = at::zeros({rows, r}, like).requires_grad_(true),
                      .parts = std::move(parts),
                      .r = r,
                      .scaling = scaling,
@@ -219,16 +232,37 @@ void ParallelLinear::set_fp8(const std::string& name, Fp8Options options) {
   options.column = options_.shard == Shard::kColumn;
   options.tp = parallel_->tp;
   fp8_ = std::make_shared<Fp8Linear>(std::move(options));
+  if (weight_.scalar_type() == at::kFloat8_e4m3fn) fp8_->store_weight(weight_);
+}
+
+void ParallelLinear::store_weight_in_fp8() {
+  const auto options = weight_.options().dtype(at::kFloat8_e4m3fn).requires_grad(false);
+  const auto sizes = weight_.sizes().vec();
+  weight_.reset();  // its memory first
+  weight_ = at::zeros(sizes, options).requires_grad_(true);
+}
+
+at::Tensor ParallelLinear::weight_values() const {
+  return weight_in_fp8() ? fp8_->weight_values(weight_).to(dtype_) : weight_.detach();
+}
+
+void ParallelLinear::set_weight_values(const at::Tensor& values) {
+  const at::NoGradGuard no_grad;
+  if (weight_in_fp8()) {
+    fp8_->quantize_weight(values.to(weight_.device(), dtype_), weight_);
+  } else {
+    weight_.copy_(values);
+  }
 }
 
 at::Tensor ParallelLinear::merged_weight(const std::string& name) const {
   at::NoGradGuard no_grad;
   const auto found = adapters_.find(name);
-  if (found == adapters_.end()) return weight_.detach().clone();
+  if (found == adapters_.end()) return weight_in_fp8() ? weight_values() : weight_.detach().clone();
   const auto& adapter = found->second;
   const auto layout = part_layout(options_, parallel_->tp.size());
   const auto b = expand_b(adapter.b.to(at::kFloat), adapter.parts, layout, adapter.scaling);
-  return at::addmm(weight_.to(at::kFloat), b, adapter.a.to(at::kFloat)).to(weight_.scalar_type());
+  return at::addmm(weight_values().to(at::kFloat), b, adapter.a.to(at::kFloat)).to(dtype_);
 }
 
 Footprint ParallelLinear::footprint(const ActivationShape& shape, bool gated) const {
@@ -307,6 +341,7 @@ Footprint ParallelLinear::footprint(const ActivationShape& shape, bool gated) co
   if (fp8_) {
     const bool turned = weight_grad;  // both matrices once more, for the weight's gradient
     result.workspace += tokens * (out + (turned ? out + in : 0));
+    if (fp8_->stores_weight() && input_grad) result.workspace += in * out;  // the codes turned round
   }
   if (!shape.fused && e < 4 && weight_grad) result.workspace += tokens * (out + in) * 4;
   return result;

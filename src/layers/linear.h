@@ -72,6 +72,14 @@ class ParallelLinear : public Module {
   /// From now on the weight's products are in FP8 (adapters stay as they are). ValueError names what does not fit.
   void set_fp8(const std::string& name, Fp8Options options);
   const std::shared_ptr<Fp8Linear>& fp8() const { return fp8_; }
+  /// fp8_param, in front of set_fp8: the parameter becomes FP8 codes (float8_e4m3fn), zeros for now, its former memory
+  /// is given back; the scales are a buffer beside it, weight_scale_inv.
+  void store_weight_in_fp8();
+  bool weight_in_fp8() const { return fp8_ && fp8_->stores_weight(); }
+  /// The weight's values in the layer's dtype: the parameter itself, or what its codes stand for in new memory.
+  at::Tensor weight_values() const;
+  /// Copies `values` [out, in] into the weight, or quantises them. Collective over the tensor-parallel ranks.
+  void set_weight_values(const at::Tensor& values);
   /// W + scaling * B A of this adapter, in a new tensor of W's dtype; W itself does not change. Local, no
   /// communication.
   at::Tensor merged_weight(const std::string& adapter) const;
@@ -87,9 +95,12 @@ class ParallelLinear : public Module {
   LinearOutput run(const at::Tensor& x, const at::Tensor& delta, LinearPlan plan) const;
   /// Between shards: from what stands in front of the product.
   at::Tensor forward_sharded(const at::Tensor& x) const;
+  /// In front of products in FP8.
+  void prepare_fp8() const;
 
   LinearOptions options_;
   ParallelStatePtr parallel_;
+  at::ScalarType dtype_;  ///< of inputs and outputs
   at::Tensor weight_, bias_, layer_norm_weight_;
   std::map<std::string, LoraAdapter> adapters_;
   std::shared_ptr<Fp8Linear> fp8_;

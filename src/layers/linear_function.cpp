@@ -245,7 +245,8 @@ struct Linear : torch::autograd::Function<Linear> {
     }
     if (wants_input) {
       if (plan.fp8) {
-        grad_input = plan.fp8->input_gradient(grad_fp8.straight, grad_y.size(0), weight, grad_input);
+        grad_input =
+            plan.fp8->input_gradient(grad_fp8.straight, grad_y.size(0), grad_y.scalar_type(), weight, grad_input);
         grad_fp8.straight = {};
       } else {
         grad_input = grad_input.defined() ? grad_input.addmm_(grad_y, weight) : at::mm(grad_y, weight);

@@ -82,7 +82,7 @@ struct Gathered : Function<Gathered> {
       const auto dy = kept.fp8->gradient(grad, wants_x, wants_weight);
       if (wants_x)
         result[0] = kept.group.reduce_scatter(
-            shaped(kept.fp8->input_gradient(dy.straight, grad.size(0), weight, {}), grads[0]));
+            shaped(kept.fp8->input_gradient(dy.straight, grad.size(0), grad.scalar_type(), weight, {}), grads[0]));
       if (wants_weight)
         result[1] =
             fp8_weight_gradient(weight, dy.turned, kept.fp8->turned_input(matrix(kept.group.all_gather(x)), kept.amax));
@@ -129,7 +129,9 @@ struct Scattered : Function<Scattered> {
       whole = matrix(kept.group.all_gather(grads[0]));
       if (kept.fp8) {
         const auto dy = kept.fp8->gradient(whole, wants_x, wants_weight);
-        if (wants_x) result[0] = shaped(kept.fp8->input_gradient(dy.straight, whole.size(0), weight, {}), grads[0]);
+        if (wants_x)
+          result[0] =
+              shaped(kept.fp8->input_gradient(dy.straight, whole.size(0), whole.scalar_type(), weight, {}), grads[0]);
         if (wants_weight)
           result[1] = fp8_weight_gradient(weight, dy.turned, kept.fp8->turned_input(matrix(x), kept.amax));
       } else if (wants_x) {

@@ -11,9 +11,17 @@
 namespace mcore_bridge {
 
 class GPTModel;
+class Module;
 
 /// What the config's fp8 fields say, for the linear layers of a new model's decoder.
 void set_up_fp8(GPTModel& model);
+
+/// fp8_param: what the config says of a decoder layer just made (`number` in the whole model), so that the wide weights
+/// of the next need no memory beside it.
+void store_weights_in_fp8(const ModelConfig& config, int64_t number, Module& layer);
+
+/// ValueError naming the way out when weights that are stored in FP8 are to train, or to be `sharded` fully.
+void check_fp8_param(const Chunks& chunks, bool sharded);
 
 /// See trainer.h.
 void update_fp8_scales(const Chunks& chunks);

@@ -89,6 +89,7 @@ GPTModel::GPTModel(const ModelConfig& config, ParallelStatePtr parallel, int vp_
   if (place_.pre_process) embedding_ = std::make_unique<VocabParallelEmbedding>(vocab, parallel_, options);
   for (int64_t i = 0; i < place_.layers.count; ++i) {
     layers_.push_back(std::make_unique<TransformerLayer>(config_, parallel_, options, place_.layers.first + i));
+    store_weights_in_fp8(config_, place_.layers.first + i, *layers_.back());
   }
   if (place_.post_process) {
     final_norm_ =

@@ -6,7 +6,9 @@
 #include <algorithm>
 
 #include "mcore_bridge/bridge.h"
+#include "models/fp8.h"
 #include "parallel/parallel_state.h"
+#include "train/sharded_optimizer.h"
 
 namespace mcore_bridge {
 
@@ -49,8 +51,9 @@ PlannedStage plan_stage(const PlanRequest& request, const Topology& topology, in
       }
     }
     for (const auto& linear : chunk[0]->linears()) {
-      if (linear.layer->fp8()) fp8_weights += Fp8Linear::weight_bytes(linear.layer->weight().numel());
+      if (linear.layer->fp8()) fp8_weights += linear.layer->fp8()->weight_bytes(linear.layer->weight().numel());
     }
+    check_fp8_param(chunk, buffer_options(request.optimizer).sharding == Sharding::kParameters);
     auto parameters = managed_parameters(chunk);
     for (auto& parameter : parameters) parameter.chunk = vp_stage;
     all.insert(all.end(), parameters.begin(), parameters.end());

@@ -95,7 +95,7 @@ struct CheckpointWriter::State {
     int turn = 0;
     for (const auto& parameter : parameters) {
       const auto& replicas = replicas_of(parameter.plan, parallel());
-      const auto flat = parameter.tensor.detach().view({-1});
+      const auto flat = (parameter.in_fp8 ? parameter.value() : parameter.tensor.detach()).view({-1});
       for (const auto& region : parameter.plan.regions) {
         if (!region.owner) continue;
         const auto& tensor = parameter.plan.tensors[region.tensor];

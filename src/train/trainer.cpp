@@ -225,6 +225,7 @@ Trainer::Trainer(Chunks chunks, OptimizerOptions options) {
   MCB_CHECK(static_cast<int64_t>(chunks.size()) == needed, "Trainer: needs all ", needed,
             " model chunks of this rank (one per virtual pipeline stage, as get_mcore_model returns them), found ",
             chunks.size());
+  check_fp8_param(chunks, buffer_options(options).sharding == Sharding::kParameters);
   state_ = std::make_unique<State>(std::move(chunks), std::move(options));
 }
 

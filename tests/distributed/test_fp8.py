@@ -2,6 +2,7 @@
 
 import pytest
 import tiny
+import torch
 from launch import run_cases
 
 STEPS = 3
@@ -31,15 +32,26 @@ def case(name, recipe, layout=(), **more):
     return dict(name=name, layout=dict(layout), steps=STEPS, micro_batches=2, fields=RECIPES[recipe], options=options, **more)
 
 
+def param_case(name, recipe, layout=()):
+    """LoRA in bf16, over weights kept as FP8 codes (fp8_param) or not."""
+    made = case(name, recipe, layout, lora=dict(r=4))
+    made["fields"] = {**made["fields"], "params_dtype": "bfloat16", "fp8_param": name.startswith("param")}
+    return made
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     work = tmp_path_factory.mktemp("fp8")
     tiny.save("qwen3_tied", work / "model", **SHAPE)
     lora = dict(lora=dict(r=4))
     single = [case(recipe, recipe) for recipe in RECIPES] + [case("lora", "delayed", **lora)]
+    single += [param_case(f"param-{recipe}", recipe) for recipe in RECIPES]
     found = run_cases(work / "model", single, 1, work)
     several = [case(f"{recipe}-{name}", recipe, layout) for recipe in RECIPES for name, (_, layout) in LAYOUTS.items()]
     several += [case(f"lora-{name}", "delayed", LAYOUTS[name][1], **lora) for name in LORA_LAYOUTS]
+    for recipe in RECIPES:
+        several += [param_case(f"{kind}-{recipe}-tp2", recipe, LAYOUTS["tp2"][1]) for kind in ("wide", "param")]
+    several += [param_case(f"{kind}-tensorwise-tp2_sp", "tensorwise", LAYOUTS["tp2_sp"][1]) for kind in ("wide", "param")]
     found.update(run_cases(work / "model", several, 2, work))
     return found
 
@@ -68,3 +80,16 @@ def test_magnitudes_are_those_of_whole_tensors(results, layout):
         first += [abs(values[slot, 2] / one[name][slot, 2] - 1).item() for slot in (0, 2)]
     # Most are the same up to the order of sums; with the scale of a part instead of the whole they differ by hundredths.
     assert sorted(first)[len(first) // 2] < 1e-5
+
+
+@pytest.mark.parametrize("case", [f"{recipe}-tp2" for recipe in RECIPES] + ["tensorwise-tp2_sp"])
+def test_codes_alone_train_like_wide_weights(results, case):
+    """fp8_param changes no number, and what is exported is what one rank exports: scales are those of whole tensors."""
+    wide, param = results[f"wide-{case}"], results[f"param-{case}"]
+    assert param["losses"] == wide["losses"] and param["evaluated"] == wide["evaluated"] and param["alike"]
+    assert all(torch.equal(param["adapter"][name], wide["adapter"][name]) for name in wide["adapter"])
+    assert torch.equal(param["logits"], wide["logits"])
+    one = results[f"param-{case.split('-')[0]}"]["weights"]
+    assert one.keys() == param["weights"].keys()
+    assert all(torch.equal(param["weights"][name], one[name]) for name in one)
+    assert any(not torch.equal(param["weights"][name], wide["weights"][name]) for name in one)

@@ -35,7 +35,7 @@ NEUTRAL = {
     "callbacks": [],
     # precision, experts, further heads
     "fp16": [], "bf16": [], "attention_softmax_in_fp32": None, "apply_query_key_layer_scaling": [False],
-    "fp8_param_gather": [False], "fp4_format": [], "fp4_recipe": None, "fp4_param_gather": [False],
+    "fp4_format": [], "fp4_recipe": None, "fp4_param_gather": [False],
     "moe_enable_deepep": [False], "moe_grouped_gemm": None, "moe_permute_fusion": None,
     "moe_layer_recompute": [False], "moe_shared_expert_overlap": None, "dsa_indexer_loss_coeff": ["0", "0.0"],
     "dsa_indexer_use_sparse_loss": [False], "apply_dsa_kernel_fusion": None, "csa_dense_mode": [False], "use_fused_mhc": None,

@@ -110,6 +110,7 @@ def config_fields_of(arguments, fields, folder, **more):
             flags[name] = getattr(arguments, name)
     if hasattr(arguments, "fp8_format"):
         flags["fp8"] = arguments.fp8_format
+        flags["fp8_param"] = arguments.fp8_param_gather
     return {**fields, **flags, **more, **arguments.megatron_extra_kwargs}
 
 

@@ -322,4 +322,8 @@ def load_megatron(models, folder):
                     pieces = [values] if origin["pad_rows"] else disassemble(origin, values)
                     tensors.update(zip((tensor for tensor, _ in origin["tensors"]), pieces))
             with torch.no_grad():
-                parameters[plan["name"]].copy_(assemble(plan, [tensors[name] for name, _ in plan["tensors"]]))
+                values, parameter = assemble(plan, [tensors[name] for name, _ in plan["tensors"]]), parameters[plan["name"]]
+                if parameter.dtype == torch.float8_e4m3fn:
+                    model.engine.set_weight(plan["name"], values)
+                else:
+                    parameter.copy_(values)

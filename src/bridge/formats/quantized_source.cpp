@@ -62,30 +62,54 @@ class Fp8Source : public TensorSource {
 
   void read(const Box& box, void* to) const override {
     auto* out = static_cast<float*>(to);
-    std::vector<uint8_t> values, raw;
-    std::vector<float> scales;
+    std::vector<uint8_t> values;
     for_each_matrix(box, [&](int64_t matrix, const Box& part) {
       values.resize(static_cast<size_t>(part.numel()));
-      weight_.file->input().read_strided(
-          weight_.file->offset(*weight_.entry) + static_cast<uint64_t>((matrix * rows_ + part.row) * cols_ + part.col),
-          static_cast<uint64_t>(cols_), static_cast<uint64_t>(part.rows), static_cast<uint64_t>(part.cols),
-          values.data());
-      const auto grid = scales_of(part);
-      raw.resize(static_cast<size_t>(grid.numel()) * scale_element_);
-      scale_.file->input().read_strided(
-          scale_.file->offset(*scale_.entry) +
-              static_cast<uint64_t>((matrix * scale_rows_ + grid.row) * scale_cols_ + grid.col) * scale_element_,
-          static_cast<uint64_t>(scale_cols_) * scale_element_, static_cast<uint64_t>(grid.rows),
-          static_cast<uint64_t>(grid.cols) * scale_element_, raw.data());
-      scales.resize(static_cast<size_t>(grid.numel()));
-      to_float(scale_.entry->dtype, raw.data(), scales.data(), grid.numel());
-      keep(grid, scales);
-      dequantize_fp8(values.data(), part.row, part.col, part.rows, part.cols, scales.data(), grid.cols, block_, out);
+      read_codes(matrix, part, values.data());
+      const auto scales = read_scales(matrix, part);
+      dequantize_fp8(values.data(), part.row, part.col, part.rows, part.cols, scales.data(), scales_of(part).cols,
+                     block_, out);
       out += part.numel();
     });
   }
+  const TensorSource* codes() const override { return keeps_ ? &codes_ : nullptr; }
 
  private:
+  class Codes : public TensorSource {
+   public:
+    explicit Codes(const Fp8Source& of) : of_(of) {}
+    c10::ScalarType dtype() const override { return c10::ScalarType::Float8_e4m3fn; }
+    uint64_t file_bytes(const Box& box) const override { return of_.file_bytes(box); }
+    Position position(const Box& box) const override { return of_.position(box); }
+    int64_t row_block() const override { return of_.row_block(); }
+    void read(const Box& box, void* to) const override {
+      of_.read_codes(0, box, static_cast<uint8_t*>(to));
+      of_.read_scales(0, box);
+    }
+
+   private:
+    const Fp8Source& of_;
+  };
+
+  void read_codes(int64_t matrix, const Box& part, uint8_t* to) const {
+    weight_.file->input().read_strided(
+        weight_.file->offset(*weight_.entry) + static_cast<uint64_t>((matrix * rows_ + part.row) * cols_ + part.col),
+        static_cast<uint64_t>(cols_), static_cast<uint64_t>(part.rows), static_cast<uint64_t>(part.cols), to);
+  }
+  /// Those of scales_of(part), kept too.
+  std::vector<float> read_scales(int64_t matrix, const Box& part) const {
+    const auto grid = scales_of(part);
+    std::vector<uint8_t> raw(static_cast<size_t>(grid.numel()) * scale_element_);
+    scale_.file->input().read_strided(
+        scale_.file->offset(*scale_.entry) +
+            static_cast<uint64_t>((matrix * scale_rows_ + grid.row) * scale_cols_ + grid.col) * scale_element_,
+        static_cast<uint64_t>(scale_cols_) * scale_element_, static_cast<uint64_t>(grid.rows),
+        static_cast<uint64_t>(grid.cols) * scale_element_, raw.data());
+    std::vector<float> scales(static_cast<size_t>(grid.numel()));
+    to_float(scale_.entry->dtype, raw.data(), scales.data(), grid.numel());
+    keep(grid, scales);
+    return scales;
+  }
   /// Calls work(matrix, box within it) for the matrices of a stack that the box's rows run through.
   template <class Work>
   void for_each_matrix(const Box& box, Work&& work) const {
@@ -119,6 +143,7 @@ class Fp8Source : public TensorSource {
   bool keeps_ = false;
   mutable std::once_flag allocated_;
   mutable Fp8Scales kept_;
+  const Codes codes_{*this};
 };
 
 class Mxfp4Source : public TensorSource {

@@ -27,6 +27,17 @@ struct Fp8Quantize {
 };
 void fp8_quantize(const Fp8Quantize& p, Type type, Stream stream);
 
+/// A weight's codes turned round, and its scales where they are one a block.
+struct Fp8Turn {
+  int64_t rows, columns;  ///< of q: multiples of 16
+  const uint8_t* q;
+  uint8_t* q_t;        ///< [columns, rows]
+  const float* scale;  ///< kBlocks: rows of `scale_stride`; null: one number for all, which stays
+  float* scale_t;      ///< rows of `scale_t_stride`
+  int64_t scale_stride, scale_t_stride;
+};
+void fp8_turn(const Fp8Turn& p, Stream stream);
+
 /// to [m, n] (+)= a [m, k] b [n, k]^T, accumulated in fp32.
 struct Fp8Matmul {
   int64_t m, n, k;
