@@ -119,7 +119,7 @@ TEST(ModelConfig, ErrorsNameWhatIsWrong) {
   EXPECT_IN(error_of({{"tensor_model_parallel_size", 3}}), "use one of 1, 2, 4, 8");
   EXPECT_IN(error_of({{"num_query_groups", 3}}), "num_query_groups");
   EXPECT_IN(error_of({{"pipeline_model_parallel_size", 4}}), "num_layers_in_first_pipeline_stage");
-  EXPECT_IN(error_of({{"fp8_param", true}}), "not supported by this version");
+  EXPECT_IN(error_of({{"fp8_param", true}}), "set fp8 (--fp8_format) too");
   EXPECT_IN(error_of({{"window_attn_skip_freq", 2}}), "window_size");
   EXPECT_IN(error_of({{"rope_scaling", {{"rope_type", "spiral"}}}}), "spiral");
   EXPECT_IN(error_of({{"rope_scaling", {{"rope_type", "linear"}}}}), "factor");
