@@ -137,10 +137,11 @@ def test_files(results):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
-def test_every_variant_in_every_layout(family, tmp_path):
+def test_every_variant_in_every_layout(family, processes, tmp_path):
     variants = {**VARIANTS, **SLOW_VARIANTS}
-    chosen = {(variant, name) for variant in variants for name, _, _ in LAYOUTS}
+    chosen = {(variant, name) for variant in variants for name, count, _ in LAYOUTS if count == processes}
     found = run_all(family, dict(num_hidden_layers=4), variants, chosen, tmp_path)
     for variant, name in sorted(chosen):
         if variant in NOT_ALIKE:
