@@ -89,9 +89,8 @@ Footprint OutputLayer::footprint(const ActivationShape& shape, bool tied_grad) c
   if (shape.input_grad)
     result.tensor_backward = split ? Traffic::reduce_scatter(whole, tp) : Traffic::all_reduce(whole, tp);
   if (shape.training_loss) {
-    // The gradient of the input waits for backward, the matrix's only in fp32: in low precision it is in its main
-    // gradient already.
-    result.saved = (shape.input_grad ? whole : 0) + (weight_grad && shape.element >= 4 ? matrix * 4 : 0);
+    // The gradient of the input waits for backward; the matrix's is in its main gradient already.
+    result.saved = shape.input_grad ? whole : 0;
   } else {
     if (weight_grad && (split || !shape.input_kept)) result.saved = whole;
     result.workspace = tokens * columns() * shape.element + whole + (weight_grad ? matrix * shape.element : 0);

@@ -64,13 +64,13 @@ PlannedStage plan_stage(const PlanRequest& request, const Topology& topology, in
   // The output matrix's gradient is made in forward, in fp32: in its main gradient, or beside it when that is less
   // precise; where there is none because gradients are sharded, it waits for backward.
   const bool none = result.buffers.sharding >= Sharding::kGradients, narrow = result.buffers.grad_element < 4;
-  if (auto& last = result.chunks.back(); last.place.post_process && (none || narrow) && shape.element < 4) {
+  if (auto& last = result.chunks.back(); last.place.post_process && (none || narrow)) {
     const auto matrix = std::find_if(last.parameters.rbegin(), last.parameters.rend(),
                                      [](const auto& p) { return p.trainable && p.traits.vocabulary; });
     if (matrix != last.parameters.rend()) {
       auto& head = last.segments.back().footprint;
       if (none) head.saved += static_cast<int64_t>(matrix->tensor.nbytes());
-      head.workspace += matrix->tensor.numel() * 4;
+      if (narrow || shape.element < 4) head.workspace += matrix->tensor.numel() * 4;
     }
   }
   if (result.buffers.sharding != Sharding::kParameters) result.buffers.weights += fp8_weights;

@@ -61,13 +61,11 @@ BufferOptions buffer_options(const OptimizerOptions& options) {
                        .grad_dtype = precision(options.main_grads_dtype),
                        .bucket_elements = options.ddp_bucket_size};
   result.class_of = [options](const ManagedParameter& parameter) {
-    // Equal classes get equal numbers: factors by their place in the list.
+    // Equal classes get equal numbers, others others: factors by their place in the list, 0 for the 1 that is not in it.
     const auto c = mcore_bridge::class_of(options, parameter);
-    int place = 0;
-    for (const auto& [pattern, factor] : options.lr_mult) {
-      ++place;
-      if (factor == c.lr_mult) break;
-    }
+    const auto found = std::find_if(options.lr_mult.begin(), options.lr_mult.end(),
+                                    [&](const auto& entry) { return entry.second == c.lr_mult; });
+    const auto place = found == options.lr_mult.end() ? 0 : static_cast<int>(found - options.lr_mult.begin()) + 1;
     return place * 4 + (c.matrix ? 0 : 2) + (c.decays ? 0 : 1);
   };
   result.whole = [options](const ManagedParameter& parameter) { return orthogonalizes(options, parameter); };
