@@ -69,8 +69,11 @@ PlannedStage plan_stage(const PlanRequest& request, const Topology& topology, in
                                      [](const auto& p) { return p.trainable && p.traits.vocabulary; });
     if (matrix != last.parameters.rend()) {
       auto& head = last.segments.back().footprint;
-      if (none) head.saved += static_cast<int64_t>(matrix->tensor.nbytes());
-      if (narrow || shape.element < 4) head.workspace += matrix->tensor.numel() * 4;
+      if (none) {
+        head.saved += static_cast<int64_t>(matrix->tensor.nbytes());
+      } else {
+        head.workspace += matrix->tensor.numel() * 4;
+      }
     }
   }
   if (result.buffers.sharding != Sharding::kParameters) result.buffers.weights += fp8_weights;

@@ -191,7 +191,8 @@ Footprint Experts::footprint(int64_t rows, int64_t computed, int64_t freed, cons
   // Backward frees what it has used: fc2's rows, then what the activation read, then fc1's rows.
   const auto gate_up = first.output_grad ? 2 * wide : 0;
   freed += second.saved;
-  const auto activation = 3 * wide;
+  // The gradients of both sides of the activation; on the CPU its steps as well.
+  const auto activation = (shape.fused ? 3 : 6) * wide;
   second.workspace -= freed - second.saved;
   first.workspace = std::max(activation - freed, first.workspace - freed - gate_up);
   auto result = first;
