@@ -61,7 +61,8 @@ BufferOptions buffer_options(const OptimizerOptions& options) {
                        .grad_dtype = precision(options.main_grads_dtype),
                        .bucket_elements = options.ddp_bucket_size};
   result.class_of = [options](const ManagedParameter& parameter) {
-    // Equal classes get equal numbers, others others: factors by their place in the list, 0 for the 1 that is not in it.
+    // Equal classes get equal numbers, others others: factors by their place in the list, 0 for the 1 that is not in
+    // it.
     const auto c = mcore_bridge::class_of(options, parameter);
     const auto found = std::find_if(options.lr_mult.begin(), options.lr_mult.end(),
                                     [&](const auto& entry) { return entry.second == c.lr_mult; });
