@@ -48,8 +48,7 @@ void init_model(py::module_& module) {
           },
           py::arg("name"), py::arg("values"), NoGil(),
           "Fills a linear layer's weight with values (no FP8 codes), by its name without an adapter's base_layer. "
-          "Collective over the "
-          "tensor-parallel ranks.")
+          "Collective over the tensor-parallel ranks.")
       .def("train", &GPTModel::train)
       .def_property_readonly("pre_process", [](const GPTModel& model) { return model.place().pre_process; })
       .def_property_readonly("post_process", [](const GPTModel& model) { return model.place().post_process; })

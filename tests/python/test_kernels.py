@@ -312,7 +312,7 @@ def test_fused_adamw_in_mixed_precision(low, halves):
         expected.append((w, m, v))
     scalar = lambda value: torch.tensor(float(value), device=DEVICE)  # noqa: E731
     kernels.fused_adamw(values, grads, first, second, parameters, 1e-2, 0.9, 0.95, 1e-8, 0.1, scalar(4), scalar(0), scalar(3))
-    bound = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+    bound = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
     for (w, m, v), value, one, two, parameter in zip(expected, values, first, second, parameters, strict=True):
         close(value, w, bound[dtypes["w"]])
         close(one, m, bound[dtypes["m"]])
