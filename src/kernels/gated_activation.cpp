@@ -4,6 +4,7 @@
 #include <c10/core/DeviceGuard.h>
 
 #include "kernels/device.h"
+#include "kernels/room.h"
 
 namespace mcore_bridge {
 namespace {
@@ -32,10 +33,10 @@ std::optional<cuda::Type> gated_type(const at::Tensor& x, const GatedOptions& op
   return type && x.numel() > 0 && vector_rows(x.size(-1) / 2, *type) ? type : std::nullopt;
 }
 
-at::Tensor half_width(const at::Tensor& x) {
+at::Tensor half_width(const at::Tensor& x, int64_t room) {
   auto sizes = x.sizes().vec();
   sizes.back() /= 2;
-  return at::empty(sizes, x.options());
+  return empty_with_room(sizes, room, x.options());
 }
 
 cuda::Gated arguments(const at::Tensor& x, Activation activation) {
@@ -77,17 +78,18 @@ GatedGradients aten_backward(const at::Tensor& grad, const at::Tensor& x, const 
 
 }  // namespace
 
-at::Tensor gated_activation_forward(const at::Tensor& given, const GatedOptions& options) {
+at::Tensor gated_activation_forward(const at::Tensor& given, const GatedOptions& options, int64_t room) {
   const auto type = gated_type(given, options);
   if (!type) {
     const auto [gate, up] = halves(given, options);
-    return activate(gate, options.activation).mul_(up);
+    return moved_to_room(activate(gate, options.activation).mul_(up), room);
   }
   const c10::DeviceGuard guard(given.device());
   const auto x = readable(given);
-  auto out = half_width(x);
+  auto out = half_width(x, room);
   auto p = arguments(x, options.activation);
   p.out = mutable_pointer(out);
+  p.out_stride = out.size(-1) + room;
   cuda::gated_forward(p, *type, current_stream(x));
   return out;
 }
@@ -99,11 +101,12 @@ GatedGradients gated_activation_backward(const at::Tensor& given_grad, const at:
   GatedGradients result{.x = at::empty(given.sizes(), given.options()), .out = {}};
   const c10::DeviceGuard guard(given.device());
   const auto x = readable(given), grad = readable(given_grad);
-  if (want_out) result.out = half_width(x);
+  if (want_out) result.out = half_width(x, 0);
   auto p = arguments(x, options.activation);
   p.grad = pointer(grad);
   p.grad_x = mutable_pointer(result.x);
   p.out = mutable_pointer(result.out);
+  p.out_stride = p.width;
   cuda::gated_backward(p, *type, current_stream(x));
   return result;
 }

@@ -20,7 +20,8 @@ struct GatedOptions {
   bool plain() const { return !clamp && offset == 0; }
 };
 
-at::Tensor gated_activation_forward(const at::Tensor& x, const GatedOptions& options);
+/// `room`: elements of memory behind each row of the result (kernels/room.h).
+at::Tensor gated_activation_forward(const at::Tensor& x, const GatedOptions& options, int64_t room = 0);
 
 struct GatedGradients {
   at::Tensor x;

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "kernels/device.h"
+#include "kernels/room.h"
 
 namespace mcore_bridge {
 namespace {
@@ -48,20 +49,21 @@ cuda::RmsNorm arguments(const at::Tensor& x, const at::Tensor& weight, const Rms
 }  // namespace
 
 RmsNormOutput rms_norm_forward(const at::Tensor& given, const at::Tensor& delta, const at::Tensor& weight,
-                               const RmsNormOptions& options) {
+                               const RmsNormOptions& options, int64_t room) {
   const auto type = norm_type(given, weight);
   if (!type) {
     const auto sum = delta.defined() ? given + delta : given;
     const auto rstd = sum.to(wide(sum)).square().mean(-1).add_(options.epsilon).rsqrt_();
-    return {reference_apply(sum, rstd, weight, options), sum, rstd};
+    return {moved_to_room(reference_apply(sum, rstd, weight, options), room), sum, rstd};
   }
   const c10::DeviceGuard guard(given.device());
   const auto x = readable(given), other = readable(delta);
-  RmsNormOutput result{at::empty(x.sizes(), x.options()), delta.defined() ? at::empty(x.sizes(), x.options()) : x,
+  RmsNormOutput result{empty_with_room(x.sizes(), room, x.options()), delta.defined() ? at::empty(x.sizes(), x.options()) : x,
                        at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat))};
   auto p = arguments(x, weight, options);
   p.delta = pointer(other);
   p.normed = mutable_pointer(result.normed);
+  p.normed_stride = x.size(-1) + room;
   p.sum = delta.defined() ? mutable_pointer(result.sum) : nullptr;
   p.rstd = result.rstd.mutable_data_ptr<float>();
   cuda::rms_norm_forward(p, *type, current_stream(x));

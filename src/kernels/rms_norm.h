@@ -18,9 +18,9 @@ struct RmsNormOutput {
   at::Tensor rstd;  ///< 1 / sqrt(mean + epsilon), fp32 (float64 for float64), one per row
 };
 
-/// `delta`: same shape as x or undefined.
+/// `delta`: same shape as x or undefined. `room`: elements of memory behind each normed row (kernels/room.h).
 RmsNormOutput rms_norm_forward(const at::Tensor& x, const at::Tensor& delta, const at::Tensor& weight,
-                               const RmsNormOptions& options);
+                               const RmsNormOptions& options, int64_t room = 0);
 
 /// The normed rows again, from what forward kept.
 at::Tensor rms_norm_apply(const at::Tensor& x, const at::Tensor& rstd, const at::Tensor& weight,

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "kernels/room.h"
 #include "layers/activation.h"
 #include "layers/norm.h"
 #include "layers/offload.h"
@@ -215,6 +216,21 @@ void ParallelLinear::add_adapter(const std::string& name, std::vector<bool> part
                      .r = r,
                      .scaling = scaling,
                      .dropout = dropout};
+}
+
+int64_t ParallelLinear::room() const {
+  if (adapters_.size() != 1 || weight_.requires_grad() || fp8_ || sharded() || !(options_.norm || options_.gated))
+    return 0;
+  const auto columns = adapters_.begin()->second.a.size(0);
+  constexpr int64_t kAccess = 8, kLine = 64;  // 16 bytes of the narrowest dtype, of which 64 are a line of memory
+  if (columns % kAccess != 0 || weight_.size(1) % kAccess != 0) return 0;
+  return (columns + kLine - 1) / kLine * kLine;
+}
+
+void ParallelLinear::make_room() {
+  const auto elements = room();
+  if (elements == 0 || room_of(weight_) >= elements) return;
+  weight_.set_data(moved_to_room(weight_.detach(), elements));
 }
 
 void ParallelLinear::set_fp8(const std::string& name, Fp8Options options) {

@@ -41,6 +41,7 @@ struct LinearOptions {
   bool norm_zero_centered = false;
   bool sequence_parallel = false;
   bool overlap = false;  ///< with sequence_parallel: tp_comm_overlap
+  bool gated = false;    ///< called by forward_gated
 };
 
 /// Column-parallel: y = norm(x) W^T with the rows of W split; gathers the sequence (or copies) in front.
@@ -69,6 +70,11 @@ class ParallelLinear : public Module {
   const std::map<std::string, LoraAdapter>& adapters() const { return adapters_; }
   /// A zeroed-B adapter on the parts marked; A is left for the caller to fill.
   void add_adapter(const std::string& name, std::vector<bool> parts, int64_t r, double scaling, double dropout);
+  /// Elements of memory behind each row of a frozen weight that the only adapter's B asks for, so that y is one product
+  /// (layers/adapted_product.h); 0 where x comes from elsewhere, with FP8 and between shards of the sequence.
+  int64_t room() const;
+  /// Moves the weight to where it has that much, unless it has.
+  void make_room();
   /// From now on the weight's products are in FP8 (adapters stay as they are). ValueError names what does not fit.
   void set_fp8(const std::string& name, Fp8Options options);
   const std::shared_ptr<Fp8Linear>& fp8() const { return fp8_; }

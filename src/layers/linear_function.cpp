@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "layers/adapted_product.h"
 #include "layers/main_gradient.h"
 #include "layers/weight_gradients.h"
 
@@ -29,6 +30,7 @@ struct Holder : torch::CustomClassHolder {
   Edges edges;
   std::vector<std::shared_ptr<MainGradient>> main;  ///< by slot
   at::Tensor amax;                                  ///< FP8: what the input was scaled for
+  std::vector<double> scaling;                      ///< of each adapter, what the kept B lacks
 
   /// The gradient of the weight from quantised matrices, as weight_gradient gives it.
   at::Tensor weight_gradient(const at::Tensor& weight, const Fp8Matrix& dy, const Fp8Matrix& x) const {
@@ -66,13 +68,6 @@ struct Holder : torch::CustomClassHolder {
   }
 };
 
-/// scaling * a b.
-at::Tensor product(const at::Tensor& a, const at::Tensor& b, double scaling) {
-  if (scaling == 1) return at::mm(a, b);
-  auto result = at::empty({a.size(0), b.size(1)}, a.options());
-  return at::addmm_out(result, result, a, b, 0, scaling);
-}
-
 at::Tensor matrix(const at::Tensor& x) { return x.reshape({-1, x.size(-1)}).contiguous(); }
 
 at::Tensor shaped(const at::Tensor& rows, const at::Tensor& like) {
@@ -81,13 +76,6 @@ at::Tensor shaped(const at::Tensor& rows, const at::Tensor& like) {
   return rows.view(sizes);
 }
 
-/// What backward needs beside the inputs, in the order it is saved.
-struct Kept {
-  at::Tensor sum, rstd;  ///< what stands in front of the product is computed from these again
-  at::Tensor gathered;   ///< sequence parallelism: the product's input, which would cost communication to make again
-  std::vector<at::Tensor> low, b, mask;  ///< per adapter: A x; B, scaled and expanded when parts are fused; dropout
-};
-
 struct Linear : torch::autograd::Function<Linear> {
   static variable_list forward(AutogradContext* context, at::TensorList defined, const LinearPlan* plan_pointer,
                                const Edges* edges) {
@@ -95,66 +83,43 @@ struct Linear : torch::autograd::Function<Linear> {
     const auto& plan = *plan_pointer;
     variable_list inputs;
     for (const auto edge : *edges) inputs.push_back(edge < 0 ? at::Tensor() : defined[edge]);
-    Kept kept;
-    kept.sum = inputs[kX];
-    at::Tensor input;
+    std::vector<at::Tensor> a, b;
+    for (size_t i = 0; i < plan.adapters.size(); ++i) {
+      a.push_back(inputs[kAdapters + 2 * i]);
+      b.push_back(inputs[kAdapters + 2 * i + 1]);
+    }
+    const auto& weight = inputs[kWeight];
+    // FP8 finds the scale of its input on the way to y, and ranks exchange what they are planned to.
+    const bool unused = plan.unused && !plan.fp8 && plan.group.size() == 1;
+    const bool made_here = plan.prologue != LinearPlan::Prologue::kNone;  // the product's input
+    const auto room = made_here && !unused ? product_room(plan, weight, a) : 0;
+    // Kept for backward: what stands in front of the product is computed from the first two again, and what came from
+    // other ranks would cost communication to make again.
+    auto sum = inputs[kX];
+    at::Tensor rstd, gathered, input;
     switch (plan.prologue) {
       case LinearPlan::Prologue::kNorm: {
-        auto norm = rms_norm_forward(inputs[kX], inputs[kDelta], inputs[kNormWeight], plan.norm);
-        if (inputs[kDelta].defined()) kept.sum = norm.sum;
-        kept.rstd = norm.rstd;
+        auto norm = rms_norm_forward(inputs[kX], inputs[kDelta], inputs[kNormWeight], plan.norm, room);
+        if (inputs[kDelta].defined()) sum = norm.sum;
+        rstd = norm.rstd;
         input = norm.normed;
         break;
       }
       case LinearPlan::Prologue::kGated:
-        input = gated_activation_forward(inputs[kX], plan.activation);
+        input = gated_activation_forward(inputs[kX], plan.activation, room);
         break;
       default:
         input = inputs[kX];
     }
     if (plan.column && plan.sequence_parallel && plan.group.size() > 1) {
       input = plan.group.all_gather(input);
-      kept.gathered = input;
+      gathered = input;
     }
 
-    const auto x = matrix(input);
-    const auto& weight = inputs[kWeight];
-    // FP8 finds the scale of its input on the way to y, and ranks exchange what they are planned to.
-    const bool unused = plan.unused && !plan.fp8 && plan.group.size() == 1;
-    at::Tensor y;
-    if (unused) y = at::zeros({1, 1}, x.options()).expand({x.size(0), weight.size(0)});
-    for (size_t i = 0; i < plan.adapters.size(); ++i) {
-      const auto& adapter = plan.adapters[i];
-      auto seen = x;
-      kept.mask.emplace_back();
-      if (adapter.dropout > 0) std::tie(seen, kept.mask.back()) = at::native_dropout(x, adapter.dropout, true);
-      kept.low.push_back(at::mm(seen, inputs[kAdapters + 2 * i].t()));
-      const auto& b = inputs[kAdapters + 2 * i + 1];
-      const bool fused = adapter.parts.size() > 1;
-      kept.b.push_back(fused ? expand_b(b, adapter.parts, plan.layout, adapter.scaling) : b);
-      const double scaling = fused ? 1 : adapter.scaling;
-      if (unused) continue;
-      if (y.defined()) {
-        y.addmm_(kept.low[i], kept.b[i].t(), 1, scaling);
-      } else {
-        y = plan.fp8 ? plan.fp8->product(x, weight.size(0)) : at::Tensor();
-        y = y.defined() ? at::addmm_out(y, y, kept.low[i], kept.b[i].t(), 0, scaling)
-                        : product(kept.low[i], kept.b[i].t(), scaling);
-      }
-    }
+    const auto x = room > 0 ? input.view({-1, input.size(-1)}) : matrix(input);
     const auto& bias = inputs[kBias];
-    at::Tensor amax;
-    if (plan.fp8) {
-      y = plan.fp8->forward(x, weight, y, &amax);
-      if (plan.column && bias.defined()) y.add_(bias);
-    } else if (unused) {
-    } else if (y.defined()) {  // the big product accumulates onto the small one
-      y.addmm_(x, weight.t());
-      if (plan.column && bias.defined()) y.add_(bias);
-    } else {
-      y = plan.column && bias.defined() ? at::addmm(bias, x, weight.t()) : at::mm(x, weight.t());
-    }
-    y = shaped(y, input);
+    const auto product = adapted_product(plan, x, room, weight, bias, a, b, unused);
+    auto y = shaped(product.y, input);
     if (!plan.column && !unused) {
       if (plan.sequence_parallel && plan.group.size() > 1) {
         y = plan.group.reduce_scatter(y);
@@ -164,16 +129,16 @@ struct Linear : torch::autograd::Function<Linear> {
       if (bias.defined()) y = y.add_(bias);
     }
 
-    variable_list saved{kept.sum, kept.rstd, kept.gathered, weight, inputs[kNormWeight]};
+    variable_list saved{sum, rstd, gathered, weight, inputs[kNormWeight]};
     for (size_t i = 0; i < plan.adapters.size(); ++i) {
-      for (const auto& tensor : {inputs[kAdapters + 2 * i], kept.low[i], kept.b[i], kept.mask[i]})
-        saved.push_back(tensor);
+      for (const auto& tensor : {a[i], product.low[i], product.b[i], product.mask[i]}) saved.push_back(tensor);
     }
     context->save_for_backward(std::move(saved));
     auto holder = c10::make_intrusive<Holder>();
     holder->plan = plan;
     holder->edges = *edges;
-    holder->amax = amax;
+    holder->amax = product.amax;
+    holder->scaling = product.scaling;
     for (size_t slot = 0; slot < inputs.size(); ++slot) {
       const bool matrix = slot == kWeight || slot >= kAdapters;
       holder->main.push_back(matrix ? main_gradient(inputs[slot]) : nullptr);
@@ -181,7 +146,7 @@ struct Linear : torch::autograd::Function<Linear> {
     context->saved_data["plan"] = at::IValue::make_capsule(std::move(holder));
     context->set_materialize_grads(false);
     if (plan.prologue != LinearPlan::Prologue::kNorm) return {y};
-    return {y, kept.sum};
+    return {y, sum};
   }
 
   static variable_list backward(AutogradContext* context, variable_list grads) {
@@ -222,35 +187,22 @@ struct Linear : torch::autograd::Function<Linear> {
     bool wants_a = false;
     Fp8Pair grad_fp8;
     if (plan.fp8 && (wants_input || wants(kWeight))) grad_fp8 = plan.fp8->gradient(grad_y, wants_input, wants(kWeight));
-    auto low_product = [&](const at::Tensor& low, const at::Tensor& a) {
-      if (!plan.fp8) return at::mm(low, a);
-      auto to = plan.fp8->product(low, a.size(1));
-      return at::mm_out(to, low, a);
-    };
+    std::vector<at::Tensor> a, b, mask;
     for (size_t i = 0; i < plan.adapters.size(); ++i) {
       const auto a_slot = kAdapters + 2 * i;
-      const auto &a = saved[5 + 4 * i], &low = saved[6 + 4 * i], &b = saved[7 + 4 * i], &mask = saved[8 + 4 * i];
+      a.push_back(saved[5 + 4 * i]);
+      b.push_back(saved[7 + 4 * i]);
+      mask.push_back(saved[8 + 4 * i]);
       wants_a = wants_a || wants(a_slot);
-      if (wants(a_slot + 1)) result[a_slot + 1] = holder->b_gradient(a_slot + 1, grad_y, low, i);
-      grad_low.emplace_back();
-      if (wants(a_slot) || wants_input)
-        grad_low[i] = product(grad_y, b, plan.adapters[i].parts.size() > 1 ? 1 : plan.adapters[i].scaling);
-      if (!wants_input) continue;
-      if (mask.defined()) {
-        const auto seen = at::native_dropout_backward(at::mm(grad_low[i], a), mask, 1 / (1 - plan.adapters[i].dropout));
-        grad_input = grad_input.defined() ? grad_input.add_(seen) : seen;
-      } else {
-        grad_input = grad_input.defined() ? grad_input.addmm_(grad_low[i], a) : low_product(grad_low[i], a);
-      }
+      if (wants(a_slot + 1)) result[a_slot + 1] = holder->b_gradient(a_slot + 1, grad_y, saved[6 + 4 * i], i);
+      if (!wants_input)
+        grad_low.push_back(wants(a_slot) ? scaled_product(grad_y, b[i], holder->scaling[i]) : at::Tensor());
     }
     if (wants_input) {
-      if (plan.fp8) {
-        grad_input =
-            plan.fp8->input_gradient(grad_fp8.straight, grad_y.size(0), grad_y.scalar_type(), weight, grad_input);
-        grad_fp8.straight = {};
-      } else {
-        grad_input = grad_input.defined() ? grad_input.addmm_(grad_y, weight) : at::mm(grad_y, weight);
-      }
+      auto gradient = adapted_input_gradient(plan, grad_y, grad_fp8.straight, weight, a, b, mask, holder->scaling);
+      grad_fp8.straight = {};
+      grad_low = std::move(gradient.low);
+      grad_input = std::move(gradient.x);
       auto sizes = grad.sizes().vec();
       sizes.back() = weight.size(1);
       grad_input = grad_input.view(sizes);
@@ -292,9 +244,9 @@ struct Linear : torch::autograd::Function<Linear> {
     }
     for (size_t i = 0; i < plan.adapters.size(); ++i) {
       if (!wants(kAdapters + 2 * i)) continue;
-      const auto& mask = saved[8 + 4 * i];
-      const auto seen = mask.defined() ? at::native_dropout_backward(x, mask, 1 / (1 - plan.adapters[i].dropout)) : x;
-      result[kAdapters + 2 * i] = holder->weight_gradient(kAdapters + 2 * i, saved[5 + 4 * i], grad_low[i], seen);
+      const auto seen =
+          mask[i].defined() ? at::native_dropout_backward(x, mask[i], 1 / (1 - plan.adapters[i].dropout)) : x;
+      result[kAdapters + 2 * i] = holder->weight_gradient(kAdapters + 2 * i, a[i], grad_low[i], seen);
     }
     return by_edge();
   }

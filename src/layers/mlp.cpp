@@ -22,7 +22,8 @@ MLP::MLP(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions
                                                         .shard = Shard::kRow,
                                                         .bias = config.add_mlp_bias,
                                                         .sequence_parallel = config.sequence_parallel,
-                                                        .overlap = config.tp_comm_overlap},
+                                                        .overlap = config.tp_comm_overlap,
+                                                        .gated = true},
                                           parallel, tensor_options);
 }
 

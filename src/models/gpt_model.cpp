@@ -316,6 +316,10 @@ std::vector<Named> modules_of(Module& root) {
 
 std::vector<GPTModel::NamedLinear> GPTModel::linears() { return modules_of<ParallelLinear, NamedLinear>(*this); }
 
+void GPTModel::make_room_for_adapters() {
+  for (const auto& linear : linears()) linear.layer->make_room();
+}
+
 std::vector<GPTModel::NamedGroupedLinear> GPTModel::grouped_linears() {
   return modules_of<GroupedParallelLinear, NamedGroupedLinear>(*this);
 }

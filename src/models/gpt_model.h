@@ -56,6 +56,8 @@ class GPTModel : public Module {
     ParallelLinear* layer;
   };
   std::vector<NamedLinear> linears();
+  /// ParallelLinear::make_room of all of them.
+  void make_room_for_adapters();
 
   /// The experts' matrices by name, where adapters can go too.
   struct NamedGroupedLinear {

@@ -41,7 +41,7 @@ PlannedStage plan_stage(const PlanRequest& request, const Topology& topology, in
   result.boundary =
       shape.tokens() / (config.sequence_parallel ? topology.sizes().tensor : 1) * config.hidden_size * shape.element;
   std::vector<ManagedParameter> all;
-  int64_t fp8_weights = 0;
+  int64_t beside = 0;  // bytes that layers keep beside their parameters
   for (int vp_stage = 0; vp_stage < config.virtual_stages(); ++vp_stage) {
     Chunks chunk{build_model(config, parallel, vp_stage, "meta")};
     if (request.lora) add_lora(chunk, *request.lora);
@@ -51,7 +51,9 @@ PlannedStage plan_stage(const PlanRequest& request, const Topology& topology, in
       }
     }
     for (const auto& linear : chunk[0]->linears()) {
-      if (linear.layer->fp8()) fp8_weights += linear.layer->fp8()->weight_bytes(linear.layer->weight().numel());
+      const auto& layer = *linear.layer;
+      if (layer.fp8()) beside += layer.fp8()->weight_bytes(layer.weight().numel());
+      if (request.gpu_kernels) beside += layer.room() * layer.weight().size(0) * shape.element;
     }
     check_fp8_param(chunk, buffer_options(request.optimizer).sharding == Sharding::kParameters);
     auto parameters = managed_parameters(chunk);
@@ -76,7 +78,7 @@ PlannedStage plan_stage(const PlanRequest& request, const Topology& topology, in
       }
     }
   }
-  if (result.buffers.sharding != Sharding::kParameters) result.buffers.weights += fp8_weights;
+  if (result.buffers.sharding != Sharding::kParameters) result.buffers.weights += beside;
   return result;
 }
 

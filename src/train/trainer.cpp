@@ -226,6 +226,10 @@ Trainer::Trainer(Chunks chunks, OptimizerOptions options) {
             " model chunks of this rank (one per virtual pipeline stage, as get_mcore_model returns them), found ",
             chunks.size());
   check_fp8_param(chunks, buffer_options(options).sharding == Sharding::kParameters);
+  // Fully sharded weights lie in buckets, which leave no room; a CPU gains nothing.
+  if (buffer_options(options).sharding != Sharding::kParameters && chunks[0]->device().is_cuda()) {
+    for (auto& chunk : chunks) chunk->make_room_for_adapters();
+  }
   state_ = std::make_unique<State>(std::move(chunks), std::move(options));
 }
 

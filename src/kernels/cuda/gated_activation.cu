@@ -32,13 +32,13 @@ __global__ void __launch_bounds__(256) gated_kernel(Gated p) {
   const int64_t packs = p.width / N, i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (i >= p.rows * packs) return;
   const int64_t row = i / packs, pack = i % packs;
-  const int64_t gate_at = row * 2 * p.width + pack * N, up_at = gate_at + p.width, out_at = row * p.width + pack * N;
+  const int64_t gate_at = row * 2 * p.width + pack * N, up_at = gate_at + p.width;
   float gate[N], up[N], out[N];
   load<T, N>(static_cast<const T*>(p.x) + gate_at, gate);
   load<T, N>(static_cast<const T*>(p.x) + up_at, up);
   if constexpr (kBackward) {
     float grad[N];
-    load<T, N>(static_cast<const T*>(p.grad) + out_at, grad);
+    load<T, N>(static_cast<const T*>(p.grad) + row * p.width + pack * N, grad);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       float value, slope;
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(256) gated_kernel(Gated p) {
     }
     store<T, N>(static_cast<T*>(p.grad_x) + gate_at, gate);
     store<T, N>(static_cast<T*>(p.grad_x) + up_at, up);
-    if (p.out) store<T, N>(static_cast<T*>(p.out) + out_at, out);
+    if (p.out) store<T, N>(static_cast<T*>(p.out) + row * p.out_stride + pack * N, out);
   } else {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(256) gated_kernel(Gated p) {
       activate<kActivation>(gate[j], value, slope);
       out[j] = value * up[j];
     }
-    store<T, N>(static_cast<T*>(p.out) + out_at, out);
+    store<T, N>(static_cast<T*>(p.out) + row * p.out_stride + pack * N, out);
   }
 }
 

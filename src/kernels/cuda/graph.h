@@ -35,4 +35,7 @@ std::unique_ptr<GraphRecorder> make_graph_recorder(int device);
 /// tensors it reads by value.
 void run_beside(std::function<void()> work);
 
+/// The same for results that are read soon: what is returned must be called before, and lets the current stream wait.
+[[nodiscard]] std::function<void()> run_aside(const std::function<void()>& work);
+
 }  // namespace mcore_bridge::cuda

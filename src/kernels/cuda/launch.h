@@ -22,6 +22,7 @@ struct RmsNorm {
   const void *x, *delta;  ///< [rows, columns]; delta may be null: added to x first
   const void* weight;     ///< [columns]
   void *normed, *sum;     ///< outputs; sum (x + delta) only with delta
+  int64_t normed_stride;  ///< from one row of normed to the next
   float* rstd;            ///< [rows]
   float epsilon;
   bool zero_centered;
@@ -72,6 +73,7 @@ struct Gated {
   int activation;       ///< 0 silu, 1 gelu, 2 gelu_tanh
   const void *x, *grad;
   void *out, *grad_x;  ///< backward: out may be null
+  int64_t out_stride;  ///< from one row of out to the next
 };
 void gated_forward(const Gated& p, Type type, Stream stream);
 void gated_backward(const Gated& p, Type type, Stream stream);
@@ -105,6 +107,7 @@ struct LoraB {
   bool accumulate;
   const void* from;
   void* to;
+  int to_stride;  ///< expand_b: from one row of `to` to the next
 };
 void expand_b(const LoraB& p, Type type, Stream stream);
 void collect_b(const LoraB& p, Type from, Type to, Stream stream);

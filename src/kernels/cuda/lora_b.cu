@@ -22,8 +22,9 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) expand_kernel(const __grid_constant__ LoraB p) {
   const int i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= p.blocks * p.first_row[p.parts] * p.columns) return;
-  const auto at = compact_index(p, i / p.columns, i % p.columns);
-  static_cast<T*>(p.to)[i] =
+  const int row = i / p.columns, column = i % p.columns;
+  const auto at = compact_index(p, row, column);
+  static_cast<T*>(p.to)[static_cast<int64_t>(row) * p.to_stride + column] =
       static_cast<T>(at < 0 ? 0.f : p.scaling * static_cast<float>(static_cast<const T*>(p.from)[at]));
 }
 

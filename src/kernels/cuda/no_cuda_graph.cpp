@@ -10,4 +10,9 @@ std::unique_ptr<GraphRecorder> make_graph_recorder(int) {
 
 void run_beside(std::function<void()> work) { work(); }
 
+std::function<void()> run_aside(const std::function<void()>& work) {
+  work();
+  return [] {};
+}
+
 }  // namespace mcore_bridge::cuda

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kPacks == 1 ? 512 : 1024) forward_kernel(RmsNo
     load<T, N>(static_cast<const T*>(p.weight) + pack * N, weight);
 #pragma unroll
     for (int j = 0; j < N; ++j) values[i][j] = values[i][j] * rstd * (p.zero_centered ? 1.f + weight[j] : weight[j]);
-    store<T, N>(static_cast<T*>(p.normed) + row * p.columns + pack * N, values[i]);
+    store<T, N>(static_cast<T*>(p.normed) + row * p.normed_stride + pack * N, values[i]);
   }
 }
 

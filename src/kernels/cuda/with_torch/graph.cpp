@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <deque>
+#include <memory>
 #include <mutex>
 #include <utility>
 
@@ -26,25 +27,27 @@ class Recording : public Graph {
   at::cuda::CUDAGraph graph;
 };
 
-/// The second stream of a recording.
+/// The streams of a recording beside its first: one for what is joined at its end, one for what is joined soon.
 class Branches {
  public:
-  explicit Branches(CUDAStream stream) : stream_(stream) {}
+  Branches(CUDAStream stream, CUDAStream aside) : stream_(stream), aside_(aside) {}
 
   void add(std::function<void()> work) {
     const std::lock_guard lock(mutex_);
     const auto current = c10::cuda::getCurrentCUDAStream(stream_.device_index());
-    CUDAEvent fork;
-    fork.record(current);
-    fork.block(stream_);
-    {
-      const CUDAStreamGuard guard(stream_);
-      work();
-    }
+    fork(current, stream_, work);
     auto& branch = pending_.emplace_back();
     branch.end.record(stream_);
     branch.work = std::move(work);
     if (pending_.size() > kPending) finish_first(current);
+  }
+
+  std::function<void()> aside(const std::function<void()>& work) {
+    const std::lock_guard lock(mutex_);
+    fork(c10::cuda::getCurrentCUDAStream(aside_.device_index()), aside_, work);
+    auto end = std::make_shared<CUDAEvent>();
+    end->record(aside_);
+    return [end] { end->block(c10::cuda::getCurrentCUDAStream(end->device_index())); };
   }
 
   void join(CUDAStream main) {
@@ -59,12 +62,20 @@ class Branches {
     std::function<void()> work;  ///< keeps what it reads
   };
 
+  static void fork(CUDAStream from, CUDAStream to, const std::function<void()>& work) {
+    CUDAEvent here;
+    here.record(from);
+    here.block(to);
+    const CUDAStreamGuard guard(to);
+    work();
+  }
+
   void finish_first(CUDAStream stream) {
     pending_.front().end.block(stream);
     pending_.pop_front();
   }
 
-  CUDAStream stream_;
+  CUDAStream stream_, aside_;
   std::mutex mutex_;
   std::deque<Branch> pending_;
 };
@@ -75,7 +86,8 @@ class Recorder : public GraphRecorder {
  public:
   explicit Recorder(int device)
       : device_(static_cast<c10::DeviceIndex>(device)),
-        main_(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device_)),
+        main_(c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device_)),
+        aside_(c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device_)),
         side_(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device_)),
         pool_(at::cuda::graph_pool_handle()) {}
 
@@ -95,7 +107,7 @@ class Recorder : public GraphRecorder {
     c10::cuda::device_synchronize();
     c10::cuda::CUDACachingAllocator::emptyCache();
     const CUDAStreamGuard guard(main_);
-    Branches branches(side_);
+    Branches branches(side_, aside_);
     // Other threads, loaders of data for example, may go on with what they do.
     result->graph.capture_begin(pool_, cudaStreamCaptureModeThreadLocal);
     recording = &branches;
@@ -127,7 +139,8 @@ class Recorder : public GraphRecorder {
   }
 
   c10::DeviceIndex device_;
-  CUDAStream main_, side_;
+  CUDAStream main_, aside_;
+  CUDAStream side_;  ///< what nothing waits for runs where the others leave room
   at::cuda::MempoolId_t pool_;
 };
 
@@ -138,6 +151,12 @@ std::unique_ptr<GraphRecorder> make_graph_recorder(int device) { return std::mak
 void run_beside(std::function<void()> work) {
   if (auto* branches = recording.load()) return branches->add(std::move(work));
   work();
+}
+
+std::function<void()> run_aside(const std::function<void()>& work) {
+  if (auto* branches = recording.load()) return branches->aside(work);
+  work();
+  return [] {};
 }
 
 }  // namespace mcore_bridge::cuda
