@@ -6,7 +6,7 @@
     python benchmarks/gpu.py --output table.md                       the table into a file as well
 
 Random weights at the real sizes, bf16. Ours keeps fp32 masters and moments; moe-full, 4b-full-bf16 and 8b-full-recompute have bf16 states
-and no master, as the peers everywhere. "graphs" is ours with cuda_graph_impl="local". "0.6b-lora-512-packed": three to twelve documents of
+and no master, as the peers everywhere; "remainders" and "accumulated" (two micro-batches of 2 x 4096) have fp32 masters as bf16 parameters and 16 bits. "graphs" is ours with cuda_graph_impl="local". "0.6b-lora-512-packed": three to twelve documents of
 random lengths, others in every step. FLOPs: 6 per matrix weight and token (4 when the base is frozen), causal attention at half. "estimate"
 is the planner's, less its reserve for what the allocator does not see, beside the allocator's peak. Seconds to the first step: interpreter,
 imports, model (built, filled, adapters, trainer), first step.
@@ -40,6 +40,7 @@ SHAPES = {
 }  # fmt: skip
 SHAPES["8b-half"] = SHAPES["8b"] | dict(num_hidden_layers=18)  # what full training with fp32 masters leaves room for
 FP8 = dict(fp8="hybrid", fp8_recipe="tensorwise")
+REMAINDERS = dict(store_param_remainders=True)
 CASES = {
     "tiny": dict(shape="tiny", tuner="full", batch=2, length=256),
     "tiny-lora": dict(shape="tiny", tuner="lora", batch=2, length=256),
@@ -63,10 +64,13 @@ CASES = {
     "tiny-fp8": dict(shape="tiny", tuner="full", batch=2, length=256, config=FP8),
     "8b-full-recompute": dict(shape="8b", tuner="full", batch=1, length=4096, recompute=True, states="bf16"),
     "4b-full": dict(shape="4b", tuner="full", batch=2, length=4096),
+    "4b-full-remainders": dict(shape="4b", tuner="full", batch=2, length=4096, options=REMAINDERS),
+    "8b-full-remainders": dict(shape="8b", tuner="full", batch=1, length=4096, recompute=True, options=REMAINDERS),
     "4b-full-bf16": dict(shape="4b", tuner="full", batch=2, length=4096, states="bf16"),
     "0.6b-lora-512": dict(shape="0.6b", tuner="lora", batch=1, length=512),
     "0.6b-lora-512-packed": dict(shape="0.6b", tuner="lora", batch=1, length=512, documents=6, random=True),
     "0.6b-full": dict(shape="0.6b", tuner="full", batch=4, length=4096),
+    "0.6b-full-accumulated": dict(shape="0.6b", tuner="full", batch=4, micro_batches=2, length=4096, options=REMAINDERS),
     "0.6b-full-packed": dict(shape="0.6b", tuner="full", batch=4, length=4096, documents=4),
     "moe-full": dict(shape="30b-a3b", tuner="full", batch=2, length=4096, states="bf16"),
     "moe-lora": dict(shape="30b-a3b", tuner="lora", batch=2, length=4096, targets=["q_proj", "k_proj", "v_proj", "o_proj"]),
@@ -153,7 +157,8 @@ def model_config(case):
 
 def optimizer(case):
     states = ("main_params_dtype", "main_grads_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
-    return dict(lr=1e-4, lr_decay_style="constant", train_iters=1000, **{name: case.get("states", "fp32") for name in states})
+    return dict(lr=1e-4, lr_decay_style="constant", train_iters=1000, **{name: case.get("states", "fp32") for name in states},
+                **case.get("options", {}))  # fmt: skip
 
 
 def lora_options(case):
@@ -188,13 +193,19 @@ def ours(case, engine):
         mb.add_lora(models, lora_options(case))
     trainer = mb.Trainer(models, **optimizer(case), cuda_graph_impl="local" if engine == "graphs" else "none")
     ids, labels = batch(case)
-    micro = dict(input_ids=ids, labels=labels)
     if "documents" in case:
-        micro = dict(input_ids=ids.view(1, -1), labels=labels.view(1, -1))
+        ids, labels = ids.view(1, -1), labels.view(1, -1)
+    count = case.get("micro_batches", 1)
+    micro = [dict(input_ids=rows, labels=targets) for rows, targets in zip(ids.chunk(count), labels.chunk(count), strict=True)]
     packings = itertools.cycle(
         [dict(packed_seq_params=mb.PackedSeqParams(e)) for e in ends(case)] if "documents" in case else [{}]
     )
-    return lambda: trainer.train_step([micro | next(packings)]).loss
+
+    def step():
+        packing = next(packings)
+        return trainer.train_step([each | packing for each in micro]).loss
+
+    return step
 
 
 def estimate(case):
@@ -204,7 +215,7 @@ def estimate(case):
     rows, length, documents = case["batch"], case["length"], case.get("documents", 1)
     if documents > 1:
         rows, length = 1, rows * length
-    plan = mb.plan_layout(model_config(case), lora=lora_options(case), processes=1, micro_batch_size=rows, global_batch_size=rows,
+    plan = mb.plan_layout(model_config(case), lora=lora_options(case), processes=1, micro_batch_size=rows // case.get("micro_batches", 1), global_batch_size=rows,
                           sequence_length=length, documents=documents, optimizer=optimizer(case), memory=80e9, gpu_kernels=True)  # fmt: skip
     memory = plan["stages"][plan["worst_stage"]]["memory"]
     return (memory["total"] - memory["reserve"]) / 2**30
@@ -398,7 +409,7 @@ def main():
     # Ours first, the compilers last: what does not fit into the time is theirs.
     for engine in [engine for engine in ENGINES if engine in (arguments.engines or ENGINES)]:
         for case in given:
-            if engine not in ("ours", "graphs") and CASES[case].keys() & {"documents", "config"}:
+            if engine not in ("ours", "graphs") and CASES[case].keys() & {"documents", "config", "options"}:
                 continue  # the peers are measured on the same tokens unpacked
             if case in LEFT_OUT.get(engine, []) and not (arguments.cases and arguments.engines):
                 continue

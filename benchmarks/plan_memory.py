@@ -65,6 +65,7 @@ def case(processes=1, fields=None, *, lora=None, rows=2, length=256, micro_batch
 CASES = {
     "full": case(),
     "full_bf16": case(1, BF16),
+    "full_bf16_remainders": case(1, BF16, store_param_remainders=True),
     "full_tied": case(1, {**TIED, **BF16}),
     "full_long": case(1, dict(padded_vocab_size=500), rows=1, length=1024, micro_batches=1),
     "packed": case(rows=1, length=512, documents=4),

@@ -49,6 +49,8 @@ struct OptimizerOptions {
   int64_t ddp_bucket_size = 40'000'000;    ///< elements of a bucket that overlaps with others
   std::string main_grads_dtype = "fp32";   ///< fp32 | bf16: gradients are added up and reduced in it
   std::string main_params_dtype = "fp32";  ///< fp32 | bf16 (parameters are updated as they are, no master weights)
+  /// bf16 parameters: an fp32 master is the parameter and the 16 bits it lacks, 2 bytes in place of 4.
+  bool store_param_remainders = false;
   std::string exp_avg_dtype = "fp32", exp_avg_sq_dtype = "fp32";
   bool optimizer_cpu_offload = false;
   double optimizer_offload_fraction = 1.0;  ///< share of the states kept in host memory and updated there

@@ -6,6 +6,7 @@
 #include "kernels/fp8.h"
 #include "kernels/gated_activation.h"
 #include "kernels/lora_b.h"
+#include "kernels/param_remainder.h"
 #include "kernels/permute_rows.h"
 #include "kernels/rms_norm.h"
 #include "kernels/split_qkv.h"
@@ -211,6 +212,8 @@ void init_kernels(py::module_& module) {
                               int64_t blocks, const std::vector<int64_t>& widths, double scaling, bool accumulate) {
     collect_b(expanded, to, parts, {blocks, widths}, scaling, accumulate);
   });
+  kernels.def("join_master", &join_master);
+  kernels.def("split_master", &split_master);
   kernels.def("fused_adamw", [](std::vector<at::Tensor> masters, std::vector<at::Tensor> grads,
                                 std::vector<at::Tensor> exp_avgs, std::vector<at::Tensor> exp_avg_sqs,
                                 const std::vector<OptTensor>& parameters, double lr, double beta1, double beta2,

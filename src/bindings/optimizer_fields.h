@@ -46,6 +46,7 @@ void for_each_option(OptimizerOptions& options, Take&& take) {
   MCB_OPTION(ddp_bucket_size)
   MCB_OPTION(main_grads_dtype)
   MCB_OPTION(main_params_dtype)
+  MCB_OPTION(store_param_remainders)
   MCB_OPTION(exp_avg_dtype)
   MCB_OPTION(exp_avg_sq_dtype)
   MCB_OPTION(optimizer_cpu_offload)

@@ -30,11 +30,12 @@ void run_kernel(const AdamWTensors& t, const AdamWScalars& scalars, const at::Te
   for (size_t i = 0; i < t.masters.size(); ++i) {
     if (t.masters[i].numel() == 0) continue;
     const cuda::AdamWTypes own{
-        .master = *kernel_type(t.masters[i]),
+        .master = kernel_type(t.masters[i]).value_or(cuda::Type::kFloat),
         .grad = *kernel_type(t.grads[i]),
         .exp_avg = *kernel_type(t.exp_avgs[i]),
         .exp_avg_sq = *kernel_type(t.exp_avg_sqs[i]),
-        .parameter = t.parameters[i].defined() ? *kernel_type(t.parameters[i]) : cuda::Type::kFloat};
+        .parameter = t.parameters[i].defined() ? *kernel_type(t.parameters[i]) : cuda::Type::kFloat,
+        .remainder = t.masters[i].scalar_type() == at::kShort};
     if (p.count == cuda::AdamW::kMaxTensors || own != types) launch();
     types = own;
     const auto at = p.count++;
@@ -54,18 +55,20 @@ void run_kernel(const AdamWTensors& t, const AdamWScalars& scalars, const at::Te
 }  // namespace
 
 bool fused_adamw_takes(const std::vector<at::Tensor>& entry) {
-  auto half = at::kFloat;  // the one half precision among them
+  const bool remainder = entry[0].scalar_type() == at::kShort;
+  if (remainder && !kernel_type(entry[1])) return false;
+  auto half = remainder ? at::kBFloat16 : at::kFloat;  // the one half precision among them
   return std::all_of(entry.begin(), entry.end(), [&](const at::Tensor& tensor) {
-    if (tensor.scalar_type() == at::kFloat) return true;
+    if (tensor.scalar_type() == at::kFloat || (remainder && tensor.is_same(entry[0]))) return true;
     if (half == at::kFloat) half = tensor.scalar_type();
-    return kernel_type(tensor) && kernel_type(entry[0]) && tensor.scalar_type() == half;
+    return kernel_type(tensor) && tensor.scalar_type() == half;
   });
 }
 
 void fused_adamw(const AdamWTensors& t, const AdamWScalars& scalars, const at::Tensor& grad_scale,
                  const at::Tensor& skip, const at::Tensor& step) {
   if (t.masters.empty()) return;
-  if (kernel_type(t.masters[0])) return run_kernel(t, scalars, grad_scale, skip, step);
+  if (kernel_type(t.grads[0])) return run_kernel(t, scalars, grad_scale, skip, step);
   const std::vector<at::Tensor> steps(t.masters.size(), step);
   at::_fused_adamw_(t.masters, t.grads, t.exp_avgs, t.exp_avg_sqs, {}, steps, scalars.lr, scalars.beta1, scalars.beta2,
                     scalars.weight_decay, scalars.epsilon, /*amsgrad=*/false, /*maximize=*/false, grad_scale, skip);

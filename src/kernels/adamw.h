@@ -9,7 +9,9 @@ namespace mcore_bridge {
 
 /// Lists of equal length; tensors of one entry have equally many elements and are contiguous.
 struct AdamWTensors {
-  std::vector<at::Tensor> masters, grads, exp_avgs, exp_avg_sqs;  ///< fp32; on a GPU any may be bf16, or any fp16
+  std::vector<at::Tensor> masters, grads, exp_avgs, exp_avg_sqs;  ///< fp32; on a GPU any may be bf16, or any fp16,
+                                                                  ///< or a master what its bf16 parameter lacks,
+                                                                  ///< int16 (kernels/param_remainder.h)
   std::vector<at::Tensor>
       parameters;  ///< what models compute with, written from the master; undefined: the master is it
 };

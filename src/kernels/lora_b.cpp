@@ -47,7 +47,7 @@ void for_adapted_parts(const at::Tensor& b, const at::Tensor& expanded, const st
 
 bool kernel_takes(const at::Tensor& b, const at::Tensor& expanded, const std::vector<bool>& parts) {
   return kernel_type(b) && kernel_type(expanded) && parts.size() <= cuda::LoraB::kMaxParts && b.is_contiguous() &&
-         expanded.stride(1) == 1;
+         expanded.is_contiguous();
 }
 
 cuda::LoraB arguments(const std::vector<bool>& parts, const PartLayout& layout, int64_t r, double scaling) {
@@ -73,32 +73,32 @@ cuda::LoraB arguments(const std::vector<bool>& parts, const PartLayout& layout, 
 
 }  // namespace
 
-void expand_b_into(at::Tensor to, const at::Tensor& b, const std::vector<bool>& parts, const PartLayout& layout,
-                   double scaling) {
-  if (kernel_takes(b, to, parts) && b.scalar_type() == to.scalar_type()) {
+at::Tensor expand_b(const at::Tensor& b, const std::vector<bool>& parts, const PartLayout& layout, double scaling,
+                    const at::Tensor& inside) {
+  if (parts.size() == 1 && !inside.defined()) return b * scaling;
+  auto expanded = at::empty({layout.rows(), count(parts) * b.size(1)}, b.options());
+  if (kernel_takes(b, expanded, parts)) {
     const c10::DeviceGuard guard(b.device());
     auto p = arguments(parts, layout, b.size(1), scaling);
     p.from = pointer(b);
-    p.to = mutable_pointer(to);
-    p.to_stride = static_cast<int>(to.stride(0));
+    p.to = mutable_pointer(expanded);
+    if (inside.defined()) {
+      p.inside = mutable_pointer(inside);
+      p.inside_stride = static_cast<int>(inside.stride(0));
+    }
     cuda::expand_b(p, *kernel_type(b), current_stream(b));
-    return;
+    return expanded;
   }
-  to.zero_();
-  for_adapted_parts(b, to, parts, layout,
-                    [&](const at::Tensor& from, at::Tensor rows) { rows.copy_(from).mul_(scaling); });
-}
-
-at::Tensor expand_b(const at::Tensor& b, const std::vector<bool>& parts, const PartLayout& layout, double scaling) {
-  if (parts.size() == 1) return b * scaling;
-  auto expanded = at::empty({layout.rows(), count(parts) * b.size(1)}, b.options());
-  expand_b_into(expanded, b, parts, layout, scaling);
+  expanded.zero_();
+  for_adapted_parts(b, expanded, parts, layout,
+                    [&](const at::Tensor& from, at::Tensor to) { to.copy_(from).mul_(scaling); });
+  if (inside.defined()) inside.copy_(expanded);
   return expanded;
 }
 
 void collect_b(const at::Tensor& expanded, at::Tensor to, const std::vector<bool>& parts, const PartLayout& layout,
                double scaling, bool accumulate) {
-  if (kernel_takes(to, expanded, parts) && expanded.is_contiguous()) {
+  if (kernel_takes(to, expanded, parts)) {
     const c10::DeviceGuard guard(to.device());
     auto p = arguments(parts, layout, to.size(1), scaling);
     p.from = pointer(expanded);

@@ -17,11 +17,10 @@ struct PartLayout {
 };
 
 /// `b` [rows of the adapted parts, r] -> [all rows, adapted parts * r], times `scaling`, with zeros where a part does
-/// not see another's A.
-at::Tensor expand_b(const at::Tensor& b, const std::vector<bool>& parts, const PartLayout& layout, double scaling);
-/// The same into `to`, whose rows need not follow each other.
-void expand_b_into(at::Tensor to, const at::Tensor& b, const std::vector<bool>& parts, const PartLayout& layout,
-                   double scaling);
+/// not see another's A. Also into `inside` [all rows, adapted parts * r], whose rows need not follow each other, when
+/// that is defined.
+at::Tensor expand_b(const at::Tensor& b, const std::vector<bool>& parts, const PartLayout& layout, double scaling,
+                    const at::Tensor& inside = {});
 
 /// The gradient's way back: `to` [rows of the adapted parts, r] (+)= scaling * its entries of `expanded`; the rest of
 /// expanded is of no meaning. `to` may be wider than expanded.

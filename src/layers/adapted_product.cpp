@@ -35,17 +35,17 @@ void in_one_product(const LinearPlan& plan, const at::Tensor& x, const at::Tenso
   const auto& adapter = plan.adapters[0];
   const auto in = x.size(1), columns = a.size(0);
   const auto wide_x = with_room(x, columns), wide_weight = with_room(weight, columns);
+  const auto join = cuda::run_aside([&] {
+    result.b = {expand_b(b, adapter.parts, plan.layout, adapter.scaling, wide_weight.narrow(1, in, columns))};
+  });
   auto low = wide_x.narrow(1, in, columns);
-  const auto inside = wide_weight.narrow(1, in, columns);
-  const auto join = cuda::run_aside([&, b] { expand_b_into(inside, b, adapter.parts, plan.layout, adapter.scaling); });
-  at::mm_out(low, dropped(x, adapter.dropout, result), a.t());
+  at::mm_out(low, x, a.t());
   join();
   result.y = plain(plan, wide_x, wide_weight, bias);
   // A copy, since what is kept would keep x.
-  const auto kept = at::empty({x.size(0), columns}, x.options());
-  cuda::run_beside([kept, low] { kept.copy_(low); });
-  result.low = {kept};
-  result.b = {inside};
+  result.low = {at::empty({x.size(0), columns}, x.options())};
+  cuda::run_beside([kept = result.low[0], low] { kept.copy_(low); });
+  result.mask.resize(1);
   result.scaling = {1};
 }
 
@@ -78,7 +78,9 @@ at::Tensor scaled_product(const at::Tensor& a, const at::Tensor& b, double scali
 }
 
 int64_t product_room(const LinearPlan& plan, const at::Tensor& weight, const std::vector<at::Tensor>& a) {
-  if (plan.adapters.size() != 1 || plan.fp8 || (plan.sequence_parallel && plan.group.size() > 1)) return 0;
+  // Masks of dropout are drawn by the order of elements in memory, which a layer that is recomputed may have otherwise.
+  if (plan.adapters.size() != 1 || plan.adapters[0].dropout > 0 || plan.fp8) return 0;
+  if (plan.sequence_parallel && plan.group.size() > 1) return 0;
   const auto room = room_of(weight);
   return a[0].size(0) <= room ? room : 0;
 }

@@ -21,19 +21,21 @@ int64_t bytes_of(const UpdateRule& rule) {
 /// Bytes of master and states per element of a parameter.
 class StateBytes {
  public:
-  explicit StateBytes(const OptimizerOptions& options) : master_(options.main_params_dtype == "fp32") {
+  explicit StateBytes(const OptimizerOptions& options)
+      : master_(options.main_params_dtype == "fp32"), remainders_(options.store_param_remainders) {
     const bool muon = options.optimizer == "muon" || options.optimizer == "dist_muon";
     const auto scalar = muon ? options.muon_scalar_optimizer : options.optimizer;
     vectors_ = bytes_of(scalar == "sgd" ? *make_sgd(options) : *make_adamw(options));
     matrices_ = muon ? bytes_of(*make_muon(options, ParallelState::single())) : vectors_;
   }
   int64_t of(const ManagedParameter& parameter, bool orthogonalized) const {
-    const bool copy = master_ && parameter.tensor.scalar_type() != at::kFloat;
-    return (copy ? 4 : 0) + (orthogonalized ? matrices_ : vectors_);
+    const auto dtype = parameter.tensor.scalar_type();
+    const int64_t copy = !master_ || dtype == at::kFloat ? 0 : remainders_ && dtype == at::kBFloat16 ? 2 : 4;
+    return copy + (orthogonalized ? matrices_ : vectors_);
   }
 
  private:
-  bool master_;
+  bool master_, remainders_;
   int64_t vectors_ = 0, matrices_ = 0;
 };
 

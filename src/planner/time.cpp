@@ -65,12 +65,13 @@ TimeEstimate estimate_time(const PlanRequest& request, const Topology& topology,
                                 seconds(GroupKind::kEmbedding, topology.world_size()));
     boundary = std::max(boundary, static_cast<double>(stages[i]->boundary));
     // fp32 gradient, master and moments are read, the latter three written, the parameter written; the gradient is
-    // zeroed and read for the norm.
+    // zeroed and read for the norm. A remainder is half a master, to which the parameter is read.
+    const double state = request.optimizer.store_param_remainders ? 26 : 28;
     double moved = 0;
     for (const auto& bucket : stages[i]->buffers.buckets) {
       if (!bucket.trainable) continue;
       const double share = stages[i]->buffers.sharding == Sharding::kNone ? 1 : static_cast<double>(bucket.ranks);
-      moved += static_cast<double>(bucket.elements) * ((28 + static_cast<double>(bucket.element)) / share + 8);
+      moved += static_cast<double>(bucket.elements) * ((state + static_cast<double>(bucket.element)) / share + 8);
     }
     time.optimizer = std::max(time.optimizer, moved / (hardware.memory_bandwidth * hardware.bandwidth_efficiency));
   }

@@ -40,6 +40,12 @@ class StateReader {
     auto& reader = readers_[kind];
     if (reader) return *reader;
     const auto state = (fs::path(folder_) / "training_state").string();
+    for (const auto& [asked, other] : {std::pair{"master", "remainder"}, std::pair{"remainder", "master"}}) {
+      const bool remainder = asked == std::string("remainder");
+      MCB_CHECK(kind != asked || CheckpointReader::exists(state, {asked}) || !CheckpointReader::exists(state, {other}),
+                "resume: ", folder_, " was written ", remainder ? "without" : "with",
+                " store_param_remainders; resume with store_param_remainders ", remainder ? "false" : "true");
+    }
     if (kind == "master" && !CheckpointReader::exists(state, {kind})) {
       reader = std::make_unique<CheckpointReader>(folder_, peft_format_);
     } else {

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "kernels/adamw.h"
+#include "kernels/param_remainder.h"
 #include "train/update_rule.h"
 
 namespace mcore_bridge {
@@ -18,7 +19,7 @@ using Row = std::vector<at::Tensor>;  ///< one of each
 constexpr int64_t kStaged = 8 << 20;  // elements converted at a time when a kernel does not take a dtype
 
 Row row_of(const Segment& segment) {
-  Row row{segment.master, segment.gradient()};
+  Row row{segment.remainder.defined() ? segment.remainder : segment.master, segment.gradient()};
   for (const auto& [kind, tensor] : segment.states) row.push_back(tensor);
   return row;
 }
@@ -41,13 +42,20 @@ void staged(const std::vector<Segment*>& segments, bool (*takes)(const Row&),
       whole.push_back(segment);
       continue;
     }
+    const bool split = segment->remainder.defined();
     for (int64_t at = 0; at < row[0].numel(); at += kStaged) {
       const auto length = std::min(kStaged, row[0].numel() - at);
+      auto part = [&](const at::Tensor& tensor) { return tensor.narrow(0, at, length); };
       Lists copies(row.size());
-      for (size_t i = 0; i < row.size(); ++i) copies[i].push_back(row[i].narrow(0, at, length).to(at::kFloat));
-      kernel(copies, {});
       for (size_t i = 0; i < row.size(); ++i) {
-        if (i != 1 && row[i].scalar_type() != at::kFloat) row[i].narrow(0, at, length).copy_(copies[i][0]);
+        copies[i].push_back(i == 0 && split ? join_master(part(segment->parameter), part(row[0]))
+                                            : part(row[i]).to(at::kFloat));
+      }
+      kernel(copies, {});
+      if (split) split_master(copies[0][0], part(segment->parameter), part(row[0]));
+      for (size_t i = 0; i < row.size(); ++i) {
+        const bool same = row[i].scalar_type() == at::kFloat || i == 1 || (i == 0 && split);
+        if (!same) part(row[i]).copy_(copies[i][0]);
       }
     }
   }
@@ -86,6 +94,7 @@ class AdamW : public UpdateRule {
     });
   }
   bool writes_parameter(const Segment& segment) const override {
+    if (segment.remainder.defined()) return true;
     if (!segment.has_copy() || segment.on_host) return false;
     auto tensors = row_of(segment);
     tensors.push_back(segment.parameter);

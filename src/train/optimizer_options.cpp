@@ -16,6 +16,12 @@ void check_combinations(const OptimizerOptions& o) {
             " needs whole matrices, data_parallel_sharding_strategy ", sharding, " cuts them; use optim");
   MCB_CHECK(!muon || !o.optimizer_cpu_offload, "optimizer: ", o.optimizer,
             " orthogonalises matrices on the GPU; optimizer_cpu_offload is for adam and sgd");
+  MCB_CHECK(!o.store_param_remainders || o.main_params_dtype == "fp32", "store_param_remainders: main_params_dtype ",
+            o.main_params_dtype, " keeps no fp32 masters that could be stored so; use one of them");
+  MCB_CHECK(!o.store_param_remainders || !muon, "store_param_remainders: ", o.optimizer,
+            " updates whole masters; use adam or sgd");
+  MCB_CHECK(!o.store_param_remainders || !o.optimizer_cpu_offload,
+            "store_param_remainders: optimizer_cpu_offload keeps whole masters in host memory; use one of them");
   MCB_CHECK(!o.overlap_grad_reduce || sharding == "optim" || sharding == "no_shard",
             "overlap_grad_reduce: data_parallel_sharding_strategy ", sharding, " overlaps by itself; leave it out");
   MCB_CHECK(!o.overlap_param_gather || sharding == "optim" || sharding == "optim_grads",

@@ -15,7 +15,7 @@ namespace mcore_bridge {
 struct StateSlice {
   std::string parameter;  ///< local name as named_parameters() gives it
   int chunk = 0;          ///< index of the model chunk it belongs to
-  std::string kind;       ///< "master", "exp_avg", "exp_avg_sq", "momentum_buffer"
+  std::string kind;       ///< "master", "remainder", "exp_avg", "exp_avg_sq", "momentum_buffer"
   int64_t begin = 0, end = 0;
   at::Tensor values;  ///< 1-D [end - begin] in its stored dtype: a view of the live state, loading copies into it
 };
@@ -25,7 +25,8 @@ class Optimizer {
   virtual ~Optimizer() = default;
 
   /// Pieces of all parameters, this rank's share. Without a distributed optimizer every data-parallel rank has all of
-  /// them. There is no "master" where the parameter itself is the master (fp32).
+  /// them. There is no "master" where the parameter itself is the master (fp32) or has a "remainder"
+  /// (param_remainder.h).
   virtual std::vector<StateSlice> state() = 0;
   virtual int64_t steps() const = 0;  ///< updates done (skipped ones not counted)
   virtual void set_steps(int64_t steps) = 0;

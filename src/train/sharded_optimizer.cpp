@@ -140,7 +140,9 @@ void ShardedOptimizer::add_segment(Segment segment, const UpdateRule* rule) {
   const auto device = segment.parameter.device();
   const auto dtype = segment.parameter.scalar_type();
   const bool copies = options_.main_params_dtype == "fp32" && dtype != at::kFloat;
-  if (segment.on_host || copies) {
+  if (options_.store_param_remainders && dtype == at::kBFloat16) {
+    segment.remainder = zeros(elements, at::kShort, device, /*host=*/false);
+  } else if (segment.on_host || copies) {
     segment.master = zeros(elements, copies ? at::kFloat : dtype, device, segment.on_host);
     segment.master.copy_(segment.parameter);
   } else {
@@ -160,7 +162,7 @@ void ShardedOptimizer::add_segment(Segment segment, const UpdateRule* rule) {
 int64_t ShardedOptimizer::bytes(const std::vector<Segment*>& segments) {
   int64_t result = 0;
   for (const auto* segment : segments) {
-    if (segment->has_copy()) result += segment->master.nbytes();
+    if (segment->has_copy()) result += (segment->remainder.defined() ? segment->remainder : segment->master).nbytes();
     for (const auto& [kind, tensor] : segment->states) result += tensor.nbytes();
   }
   return result;
@@ -178,7 +180,11 @@ void ShardedOptimizer::take_over() {
       for (const auto& piece : segment->pieces) {
         if (piece.parameter != &parameters[i]) continue;
         const auto length = piece.end - piece.begin;
-        segment->master.narrow(0, piece.offset, length).copy_(segment->parameter.narrow(0, piece.offset, length));
+        if (segment->remainder.defined()) {
+          segment->remainder.narrow(0, piece.offset, length).zero_();
+        } else {
+          segment->master.narrow(0, piece.offset, length).copy_(segment->parameter.narrow(0, piece.offset, length));
+        }
       }
     }
   }
@@ -216,7 +222,7 @@ void ShardedOptimizer::finish_on_host(double grad_scale, bool skip) {
 void ShardedOptimizer::write_back(const std::vector<Segment*>& segments) {
   std::vector<at::Tensor> parameters, masters;
   for (const auto* segment : segments) {
-    if (!segment->has_copy()) continue;
+    if (!segment->has_copy() || segment->remainder.defined()) continue;
     if (segment->on_host) {
       segment->parameter.copy_(segment->master, /*non_blocking=*/true);
       continue;
@@ -235,7 +241,11 @@ std::vector<StateSlice> ShardedOptimizer::state() {
         result.push_back({piece.parameter->name, piece.parameter->chunk, kind, piece.begin, piece.end,
                           values.narrow(0, piece.offset, piece.end - piece.begin)});
       };
-      if (segment->master.scalar_type() != segment->parameter.scalar_type()) add("master", segment->master);
+      if (segment->remainder.defined()) {
+        add("remainder", segment->remainder);
+      } else if (segment->master.scalar_type() != segment->parameter.scalar_type()) {
+        add("master", segment->master);
+      }
       for (const auto& [kind, values] : segment->states) add(kind, values);
     }
   }

@@ -12,7 +12,8 @@
 namespace mcore_bridge {
 
 /// The kinds of state there are; a file set each.
-inline constexpr std::array<const char*, 4> kStateKinds = {"master", "exp_avg", "exp_avg_sq", "momentum_buffer"};
+inline constexpr std::array<const char*, 5> kStateKinds = {"master", "remainder", "exp_avg", "exp_avg_sq",
+                                                           "momentum_buffer"};
 
 /// The elements of a region, in the order of its stored box. `flat`: elements of the flattened parameter from element
 /// `begin` on. A view: two-dimensional, but for interleaved regions.

@@ -28,12 +28,13 @@ struct Segment {
   bool on_host = false;  ///< master and states are in host memory, `host_grad` and the update too
   at::Tensor parameter;  ///< 1-D, the model's own elements
   at::Tensor grad;
-  at::Tensor master;  ///< what is updated; the parameter itself where there is no copy
+  at::Tensor master;     ///< what is updated; the parameter itself where there is no copy
+  at::Tensor remainder;  ///< int16, in place of a master: what the parameter lacks (kernels/param_remainder.h)
   at::Tensor host_grad;
   std::vector<std::pair<std::string, at::Tensor>> states;  ///< by kind
 
   const at::Tensor& gradient() const { return on_host ? host_grad : grad; }
-  bool has_copy() const { return !master.is_same(parameter); }
+  bool has_copy() const { return remainder.defined() || !master.is_same(parameter); }
 };
 
 /// Scalars of one update. Tensors are fp32 scalars on the segments' device, so that the host need not know them.
@@ -54,7 +55,7 @@ class UpdateRule {
   /// Updates masters and states of segments that live on one device.
   virtual void apply(const std::vector<Segment*>& segments, const Update& update) const = 0;
   /// Whether apply() also writes the segment's parameter, in the pass that updates its master.
-  virtual bool writes_parameter(const Segment& segment) const { return false; }
+  virtual bool writes_parameter(const Segment& segment) const { return segment.remainder.defined(); }
 };
 
 std::unique_ptr<UpdateRule> make_adamw(const OptimizerOptions& options);

@@ -170,6 +170,7 @@ def test_low_precision_states(folder, tmp_path):
     cases = [
         dict(name="masters", **common),
         dict(name="moments", **common, options=dict(exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16", main_grads_dtype="bf16")),
+        dict(name="remainders", **common, options=dict(store_param_remainders=True)),
         dict(name="bare", **common, options=dict(main_params_dtype="bf16", data_parallel_sharding_strategy="optim_grads_params")),
         dict(
             name="half",
@@ -186,5 +187,9 @@ def test_low_precision_states(folder, tmp_path):
         losses = found[name]["losses"]
         assert losses[-1] < losses[0], name
         assert abs(losses[0] - masters["losses"][0]) < 0.05
+    # The same masters in half the bytes: of 4 + 8 a number, 2 + 8.
+    assert found["remainders"]["losses"] == pytest.approx(masters["losses"], rel=1e-4)
+    assert found["remainders"]["losses"][:2] == masters["losses"][:2]
+    assert found["remainders"]["memory"]["optimizer"] * 12 == masters["memory"]["optimizer"] * 10
     assert masters["memory"]["optimizer"] > 1.9 * found["bare"]["memory"]["optimizer"] * 0.75
     assert found["moments"]["memory"]["gradients"] * 2 == masters["memory"]["gradients"]

@@ -68,6 +68,7 @@ def close(left, right, tolerance=1e-5):
 
 VARIANTS = {
     "full-bf16": ("bfloat16", []),
+    "remainders": ("bfloat16", ["--store_param_remainders", "true"]),
     "fp8": ("bfloat16", ["--fp8_format", "hybrid", "--fp8_amax_history_len", 3]),
     "fp8-param": ("bfloat16", ["--fp8_format", "hybrid", "--fp8_param_gather", "true", "--tuner_type", "lora", "--lora_rank", 4]),
     "lora": (

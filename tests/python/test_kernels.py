@@ -320,5 +320,57 @@ def test_fused_adamw_in_mixed_precision(low, halves):
         assert parameter is None or torch.equal(parameter, value.to(low))
 
 
+def test_a_master_is_its_bf16_copy_and_16_bits():
+    generator = torch.Generator().manual_seed(5)
+    bits = torch.randint(-(2**31), 2**31, (400_000,), generator=generator, dtype=torch.int64).int()
+    special = [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x3F808000, 0x3F818000, 0x7F7F7FFF, 0x7F7F8000, 0x7F800000, 0x007FFFFF]
+    bits = torch.cat([bits, torch.tensor(special).int(), torch.tensor(special).int() | -(2**31)])
+    master = bits.view(torch.float32)
+    master = torch.cat([master[~master.isnan()], torch.tensor([float("nan")])]).to(DEVICE)
+    parameter = torch.empty_like(master, dtype=torch.bfloat16)
+    remainder = torch.empty_like(master, dtype=torch.int16)
+    kernels.split_master(master, parameter, remainder)
+    assert torch.equal(kernels.join_master(parameter, remainder)[:-1].view(torch.int32), master[:-1].view(torch.int32))
+    assert parameter[-1].isnan() and kernels.join_master(parameter, remainder)[-1].isnan()
+    # To nearest: as bf16 rounds but for ties, which go away from zero.
+    low = master.view(torch.int32) & 0xFFFF
+    rounded = master.bfloat16()
+    assert torch.equal(parameter[:-1][low[:-1] != 0x8000], rounded[:-1][low[:-1] != 0x8000])
+    tie = (low == 0x8000).nonzero().flatten()
+    assert len(tie) > 4 and torch.equal(
+        parameter[tie].float().abs(), (master[tie].view(torch.int32) + 0x8000).view(torch.float32).abs()
+    )
+    # Any other NaN stays one too.
+    other = torch.tensor([0x7F800001, 0x7FFFFFFF, 0x7F808000, -1], dtype=torch.int64).int().view(torch.float32).to(DEVICE)
+    kernels.split_master(other, parameter[:4], remainder[:4])
+    assert parameter[:4].isnan().all() and kernels.join_master(parameter[:4], remainder[:4]).isnan().all()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no kernel for it on the CPU, where the optimizer joins and splits")
+@pytest.mark.parametrize("halves", ["", "gmv"])
+def test_fused_adamw_of_remainders_is_that_of_masters(halves):
+    sizes = [(3,), (130, 71), (5000,), (65541,)]
+    dtypes = {name: torch.bfloat16 if name in halves else torch.float32 for name in "wgmv"}
+    masters, grads, first, second = (
+        [random(*size, dtype=dtype, seed=100 * kind + i) for i, size in enumerate(sizes)]
+        for kind, dtype in enumerate(dtypes.values())
+    )
+    masters, grads, first, second = ([each.flatten() for each in one] for one in (masters, grads, first, second))
+    second = [each.abs() for each in second]
+    again = [[each.clone() for each in one] for one in (grads, first, second)]
+    parameters, copies = ([torch.empty_like(value, dtype=torch.bfloat16) for value in masters] for _ in range(2))
+    remainders = [torch.empty_like(value, dtype=torch.int16) for value in masters]
+    for master, parameter, remainder in zip(masters, parameters, remainders, strict=True):
+        kernels.split_master(master, parameter, remainder)
+    scalar = lambda value: torch.tensor(float(value), device=DEVICE)  # noqa: E731
+    numbers = (1e-2, 0.9, 0.95, 1e-8, 0.1, scalar(4), scalar(0), scalar(3))
+    kernels.fused_adamw(masters, grads, first, second, copies, *numbers)
+    kernels.fused_adamw(remainders, *again, parameters, *numbers)
+    for master, parameter, remainder, copy in zip(masters, parameters, remainders, copies, strict=True):
+        assert torch.equal(kernels.join_master(parameter, remainder), master)
+        assert (parameter != copy).float().mean() < 1e-3  # ties
+    assert all(torch.equal(one, two) for one, two in zip(first + second, again[1] + again[2], strict=True))
+
+
 def test_kernels_are_built_where_the_device_is_a_gpu():
     assert kernels.cuda_built() == bool(torch.version.cuda) or DEVICE == "cpu"

@@ -189,3 +189,27 @@ def test_trainer_leaves_the_model_usable(folder):
 def test_bad_options(folder, options, text):
     with pytest.raises(ValueError, match=text):
         mb.Trainer(build(folder), lr_decay_style="constant", **options)
+
+
+def test_weights_written_between_steps_are_the_masters_of_remainders(folder):
+    config = mb.ModelConfig(**mb.hf_to_mcore_config(folder), params_dtype="bfloat16")
+    models = mb.get_mcore_model(config)
+    config.bridge.load_weights(models, folder)
+    trainer = mb.Trainer(models, lr=1e-2, lr_decay_style="constant", store_param_remainders=True)
+    weight = models[0].decoder.final_layernorm.weight
+    for _ in range(2):
+        with torch.no_grad():
+            weight.fill_(0.5)
+        trainer.train_step([batch(0)])
+        moved = (weight.detach().float() - 0.5).abs()
+        assert 0 < moved.max() < 0.02
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(main_params_dtype="bf16"), dict(optimizer="muon"), dict(optimizer_cpu_offload=True)],
+    ids=lambda o: next(iter(o)),
+)
+def test_remainders_need_masters_of_their_own(folder, options):
+    with pytest.raises(ValueError, match="store_param_remainders"):
+        mb.Trainer(build(folder), lr=1e-3, lr_decay_style="constant", store_param_remainders=True, **options)

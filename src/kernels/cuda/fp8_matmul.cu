@@ -90,8 +90,7 @@ void fp8_matmul(const Fp8Matmul& p, Type type, Stream stream) {
   set_scale(description, false, p.scaling_a, p.scale_a);
   Layout first, second, to;
   auto layout = [](Layout& layout, cudaDataType_t of, int64_t rows, int64_t columns) {
-    check(cublasLtMatrixLayoutCreate(&layout.value, of, static_cast<uint64_t>(rows), static_cast<uint64_t>(columns),
-                                     rows),
+    check(cublasLtMatrixLayoutCreate(&layout.value, of, static_cast<uint64_t>(rows), static_cast<uint64_t>(columns), rows),
           "layout");
   };
   layout(first, p.e5m2_b ? CUDA_R_8F_E5M2 : CUDA_R_8F_E4M3, p.k, p.n);
@@ -100,16 +99,8 @@ void fp8_matmul(const Fp8Matmul& p, Type type, Stream stream) {
 
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess) throw std::runtime_error("fp8_matmul: no CUDA device");
-  const Key key{device,
-                p.m,
-                p.n,
-                p.k,
-                static_cast<int>(type),
-                static_cast<int>(p.scaling_a),
-                static_cast<int>(p.scaling_b),
-                p.e5m2_a,
-                p.e5m2_b,
-                p.accumulate};
+  const Key key{device, p.m, p.n, p.k, static_cast<int>(type), static_cast<int>(p.scaling_a),
+                static_cast<int>(p.scaling_b), p.e5m2_a, p.e5m2_b, p.accumulate};
   cublasLtHandle_t handle = nullptr;
   cublasLtMatmulAlgo_t algorithm;
   {
@@ -142,7 +133,8 @@ void fp8_matmul(const Fp8Matmul& p, Type type, Stream stream) {
   }
   const float alpha = 1.f, beta = p.accumulate ? 1.f : 0.f;
   check(cublasLtMatmul(handle, description.value, &alpha, p.b, first.value, p.a, second.value, &beta, p.to, to.value,
-                       p.to, to.value, &algorithm, p.workspace, static_cast<size_t>(p.workspace_bytes), native(stream)),
+                       p.to, to.value, &algorithm, p.workspace, static_cast<size_t>(p.workspace_bytes),
+                       native(stream)),
         "product");
 }
 

@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constan
     }
   }
   if (!p.q_t) return;
-    // The slot is turned by tx, so that 16 threads of a half-warp meet 16 different banks both ways.
+  // The slot is turned by tx, so that 16 threads of a half-warp meet 16 different banks both ways.
 #pragma unroll
   for (int j = 0; j < kPatch; ++j) {
     const float f = along_columns[j];

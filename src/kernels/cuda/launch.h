@@ -107,7 +107,8 @@ struct LoraB {
   bool accumulate;
   const void* from;
   void* to;
-  int to_stride;  ///< expand_b: from one row of `to` to the next
+  void* inside;  ///< expand_b: a second copy, its rows `inside_stride` apart; or null
+  int inside_stride;
 };
 void expand_b(const LoraB& p, Type type, Stream stream);
 void collect_b(const LoraB& p, Type from, Type to, Stream stream);
@@ -155,6 +156,7 @@ constexpr int64_t kAdamWBlock = 16384;  ///< elements a block updates
 struct AdamWTypes {
   Type master = Type::kFloat, grad = Type::kFloat, exp_avg = Type::kFloat, exp_avg_sq = Type::kFloat,
        parameter = Type::kFloat;
+  bool remainder = false;  ///< `master` holds what bf16 parameters lack of theirs, 16 bits each: param_remainder.h
   bool operator==(const AdamWTypes&) const = default;
   bool has(Type type) const {
     return master == type || grad == type || exp_avg == type || exp_avg_sq == type || parameter == type;

@@ -24,8 +24,9 @@ __global__ void __launch_bounds__(kThreads) expand_kernel(const __grid_constant_
   if (i >= p.blocks * p.first_row[p.parts] * p.columns) return;
   const int row = i / p.columns, column = i % p.columns;
   const auto at = compact_index(p, row, column);
-  static_cast<T*>(p.to)[static_cast<int64_t>(row) * p.to_stride + column] =
-      static_cast<T>(at < 0 ? 0.f : p.scaling * static_cast<float>(static_cast<const T*>(p.from)[at]));
+  const auto value = static_cast<T>(at < 0 ? 0.f : p.scaling * static_cast<float>(static_cast<const T*>(p.from)[at]));
+  static_cast<T*>(p.to)[i] = value;
+  if (p.inside) static_cast<T*>(p.inside)[static_cast<int64_t>(row) * p.inside_stride + column] = value;
 }
 
 template <class From, class To>

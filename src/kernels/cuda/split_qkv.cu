@@ -10,9 +10,7 @@ constexpr int kThreads = 256, kLanes = 16, kRows = kThreads / kLanes;
 
 /// Heads whose loads are under way together: registers for E elements each.
 template <int E>
-constexpr int kHeads = E > 8   ? 1
-                       : E > 4 ? 2
-                               : 4;
+constexpr int kHeads = E > 8 ? 1 : E > 4 ? 2 : 4;
 
 /// The E elements of a head that are a lane's: two runs, half a head apart when all of it is rotated as (i, i + d / 2),
 /// else neighbours.

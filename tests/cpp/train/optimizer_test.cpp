@@ -2,8 +2,11 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <map>
+#include <string>
 #include <tuple>
 
+#include "kernels/param_remainder.h"
 #include "mcore_bridge/error.h"
 #include "train/newton_schulz.h"
 #include "train/sharded_optimizer.h"
@@ -113,6 +116,37 @@ TEST(Optimizer, AdamWLowPrecisionStates) {
   EXPECT_NEAR(model.weight[0].item<float>(), 1 - 0.01 - 0.1, 1e-2);
   options.exp_avg_sq_dtype = "fp16";
   EXPECT_THROW(options.validate(), ValueError);
+}
+
+TEST(Optimizer, RemaindersAreTheSameMasters) {
+  for (const auto* name : {"adam", "sgd"}) {
+    for (const auto* moments : {"fp32", "bf16"}) {
+      OptimizerOptions options;
+      options.optimizer = name;
+      options.exp_avg_dtype = moments;
+      Model whole(options, at::kBFloat16);
+      options.store_param_remainders = true;
+      Model split(options, at::kBFloat16);
+      for (int t = 1; t <= 3; ++t) {
+        for (auto* model : {&whole, &split}) model->step(gradient_of(t), 0.01, 2.0);
+        std::map<std::string, at::Tensor> masters;
+        for (const auto& slice : whole.optimizer->state())
+          if (slice.kind == "master") masters[slice.parameter] = slice.values;
+        int found = 0;
+        for (const auto& slice : split.optimizer->state()) {
+          EXPECT_NE(slice.kind, "master");
+          if (slice.kind != "remainder") continue;
+          const auto& parameter = slice.parameter == "w" ? split.weight : split.norm;
+          const auto joined = join_master(parameter.detach().view({-1}), slice.values);
+          EXPECT_TRUE(at::equal(joined, masters.at(slice.parameter))) << name << " " << slice.parameter;
+          EXPECT_TRUE(at::equal(parameter.detach().view({-1}), masters.at(slice.parameter).to(at::kBFloat16)));
+          ++found;
+        }
+        EXPECT_EQ(found, 2);
+      }
+      EXPECT_LT(split.optimizer->device_bytes(), whole.optimizer->device_bytes());
+    }
+  }
 }
 
 TEST(Optimizer, SgdClosedForm) {
