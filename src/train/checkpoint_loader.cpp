@@ -60,6 +60,20 @@ class StateReader {
   std::map<std::string, std::unique_ptr<CheckpointReader>> readers_;
 };
 
+/// Numbers may have been kept in another precision; remainders are bits.
+OpenedTensor open_state(const CheckpointReader& reader, const HfTensor& tensor, c10::ScalarType dtype) {
+  if (dtype != at::kShort) return open_tensor(reader, tensor, Quantization{});
+  const auto* found = reader.find(tensor.name);
+  if (!found) return {};
+  OpenedTensor result{.used = {tensor.name}};
+  const bool fits = found->entry->dtype == dtype && found->entry->shape == tensor.sizes();
+  if (fits)
+    result.source = plain_source(*found, stored_columns(tensor));
+  else
+    result.wrong = "is " + found->entry->dtype_name + " or of another shape, where the optimizer needs I16";
+  return result;
+}
+
 void load(Trainer& trainer, const std::string& folder, const CheckpointOptions& options) {
   const Selection selection{.peft_format = options.peft_format, .adapter_name = options.adapter_name};
   const auto parameters = planned_parameters(trainer.chunks(), selection);
@@ -74,7 +88,7 @@ void load(Trainer& trainer, const std::string& folder, const CheckpointOptions& 
     if (planned.parameter->plan.rule.pad_rows) values.zero_();
     for (const auto& region : planned.regions) {
       const auto& tensor = planned.tensor(region);
-      const auto opened = open_tensor(reader, tensor, Quantization{});
+      const auto opened = open_state(reader, tensor, values.scalar_type());
       if (!opened.source) {
         (opened.used.empty() ? missing : wrong)
             .insert(planned.slice.kind + " of " + tensor.name + (opened.used.empty() ? "" : " " + opened.wrong));

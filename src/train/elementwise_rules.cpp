@@ -16,7 +16,8 @@ namespace {
 using Lists = std::vector<std::vector<at::Tensor>>;
 using Row = std::vector<at::Tensor>;  ///< one of each
 
-constexpr int64_t kStaged = 8 << 20;  // elements converted at a time when a kernel does not take a dtype
+/// Elements converted at a time when a kernel does not take a dtype: few launches on a GPU, what caches hold on a CPU.
+int64_t staged_elements(const at::Tensor& tensor) { return tensor.is_cpu() ? 1 << 18 : 8 << 20; }
 
 Row row_of(const Segment& segment) {
   Row row{segment.remainder.defined() ? segment.remainder : segment.master, segment.gradient()};
@@ -43,8 +44,9 @@ void staged(const std::vector<Segment*>& segments, bool (*takes)(const Row&),
       continue;
     }
     const bool split = segment->remainder.defined();
-    for (int64_t at = 0; at < row[0].numel(); at += kStaged) {
-      const auto length = std::min(kStaged, row[0].numel() - at);
+    const auto most = staged_elements(row[0]);
+    for (int64_t at = 0; at < row[0].numel(); at += most) {
+      const auto length = std::min(most, row[0].numel() - at);
       auto part = [&](const at::Tensor& tensor) { return tensor.narrow(0, at, length); };
       Lists copies(row.size());
       for (size_t i = 0; i < row.size(); ++i) {

@@ -187,6 +187,21 @@ def check_other_layouts(work, variants, layouts, sources):
             close(state(end), state(reference), 2e-4)
 
 
+def test_remainders_go_on_as_remainders(work):
+    flag = "--store_param_remainders"
+    first = argv(work, "halves", flag, "true", dtype="bfloat16")
+    jobs(work, "halves", 1, dict(name="written", argv=first, stop_after=2))
+    kinds = {key.split("/")[0]: value.dtype for key, value in state(work / "halves/checkpoint-2").items()}
+    assert kinds == {"remainder": torch.int16, "exp_avg": torch.float32, "exp_avg_sq": torch.float32}
+    path = work / "halves-whole.json"
+    resumed = argv(work, "halves", "--resume_from_checkpoint", "auto", dtype="bfloat16")
+    path.write_text(json.dumps([dict(name="whole", argv=resumed)]))
+    finished = launch([HERE / "resume_worker.py", path, work / "halves-out.json"], 1)
+    assert finished.returncode != 0
+    said = finished.stdout + finished.stderr
+    assert "was written with store_param_remainders; resume with store_param_remainders true" in said
+
+
 def test_other_layouts(work):
     packing = ["--packing", "true", "--packing_length", 24]
     lora = [*packing, "--tuner_type", "lora", "--lora_rank", 4, "--lora_dropout", 0]
