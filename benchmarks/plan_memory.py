@@ -49,6 +49,7 @@ BALANCED = dict(
     moe_router_load_balancing_type=["aux_loss", "seq_aux_loss", "global_aux_loss"],
     moe_aux_loss_coeff=[1e-3, 1e-3, 1e-3],
 )
+FP32_ROUTER = dict(BF16, moe_router_weight_in_fp32=True)
 # Attention that keeps its scores, and they are most of what there is.
 SCORES = dict(padded_vocab_size=500, num_layers=2, attention_dropout=0.1)
 SELECTIVE = dict(recompute_granularity="selective", recompute_modules=["moe"])
@@ -129,6 +130,8 @@ CASES = {
     "cp2_dp2": case(4, CP),
     "moe": case(1, MOE),
     "moe_bf16": case(1, {**MOE, **BF16}),
+    "moe_fp32_router": case(1, {**MOE, **FP32_ROUTER}),
+    "moe_fp32_router_lora": case(1, {**MOE, **FP32_ROUTER}, lora=LORA),
     "moe_shared": case(1, {**MOE, **SHARED, **BF16}),
     "moe_selective": case(1, {**MOE, **SELECTIVE, **BF16}),
     "moe_recompute": case(1, {**MOE, **FULL}),
@@ -149,6 +152,8 @@ CASES = {
     "moe_ep2_padded": case(2, dict(EP, moe_expert_capacity_factor=1.5, moe_pad_expert_input_to_capacity=True)),
     "moe_ep2_on_input": case(2, dict(EP, moe_apply_probs_on_input=True)),
     "moe_ep2_sharded": case(2, {**EP, **BF16}, data_parallel_sharding_strategy="optim_grads_params"),
+    "moe_fp32_router_sharded": case(2, {**EP, **FP32_ROUTER}, data_parallel_sharding_strategy="optim_grads_params"),
+    "moe_fp32_router_tp2_sp": case(2, {**EP, **SP, **FP32_ROUTER, **BALANCED}),
     "moe_etp2": case(2, {**MOE, **ETP}),
     "moe_ep2_tp2_sp": case(2, {**EP, **SP, **BALANCED}),
     "moe_ep2_tp2_sp_lora": case(2, {**EP, **SP, **SHARED}, lora=LORA),

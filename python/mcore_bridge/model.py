@@ -116,11 +116,12 @@ class GPTModel(nn.Module):
                     "build it there: ModelConfig(params_dtype=...), get_mcore_model(config, device=...)"
                 )
             break
-        # .bfloat16() on a model of that dtype is for numbers, not for FP8 codes and their scales.
-        codes = [p for p in self.parameters() if p.dtype == torch.float8_e4m3fn]
-        scales = [b for name, b in self.named_buffers() if name.endswith("weight_scale_inv")]
-        kept = {id(tensor) for tensor in (*codes, *scales)}
-        return super()._apply(lambda tensor: tensor if id(tensor) in kept else fn(tensor), recurse)
+        # .bfloat16() on a model of that dtype changes nothing: FP8 codes, their scales and routers in float32 stay what they are.
+        def same_dtype(tensor):
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor
+
+        return super()._apply(same_dtype, recurse)
 
     def set_input_tensor(self, input_tensor):
         """Hidden states from the previous pipeline stage for the next forward (a tensor or a list of one)."""

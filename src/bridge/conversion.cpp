@@ -111,7 +111,8 @@ std::vector<StoredTensor> Conversion::stored() const {
 }
 
 std::vector<Conversion> plan_conversions(std::vector<LogicalTensor> tensors, const ConvertOptions& options,
-                                         const Quantization& found, const LoraMerge* merge) {
+                                         const Quantization& found, const LoraMerge* merge,
+                                         const std::set<std::string>& kept) {
   // A matrix whose scale is one for all of it is quantised again in blocks of the usual size.
   const bool blocks = found.method == QuantMethod::kFp8 && found.block.rows <= 1 << 20;
   std::vector<Conversion> result;
@@ -142,7 +143,7 @@ std::vector<Conversion> plan_conversions(std::vector<LogicalTensor> tensors, con
       }
       const auto plain = quantised ? c10::ScalarType::BFloat16 : own;
       const bool wide = c10::elementSize(own) > 1 || quantised;  // a plain one-byte tensor is left alone
-      conversion.dtype = options.dtype && wide && !keeps_dtype(from.name) ? *options.dtype : plain;
+      conversion.dtype = options.dtype && wide && !keeps_dtype(from.name) && !kept.contains(from.name) ? *options.dtype : plain;
       const bool same = quantised ? conversion.method == method && !options.dequantize
                                   : conversion.method == QuantMethod::kNone && conversion.dtype == own;
       conversion.copy = same && !conversion.merge && !brought;

@@ -1,6 +1,7 @@
 // What becomes of one tensor of a checkpoint that is converted.
 #pragma once
 
+#include <set>
 #include <string>
 #include <vector>
 
@@ -31,8 +32,10 @@ struct ConversionTask {
 };
 
 /// What becomes of every tensor, in the order of the files.
+/// `kept`: names of tensors that no cast concerns.
 std::vector<Conversion> plan_conversions(std::vector<LogicalTensor> tensors, const ConvertOptions& options,
-                                         const Quantization& found, const LoraMerge* merge);
+                                         const Quantization& found, const LoraMerge* merge,
+                                         const std::set<std::string>& kept);
 
 /// Cuts a conversion into tasks of a few MiB.
 void add_tasks(std::vector<ConversionTask>& tasks, const Conversion& conversion);

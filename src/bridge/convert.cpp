@@ -3,10 +3,12 @@
 #include <atomic>
 #include <cstring>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "bridge/conversion.h"
 #include "bridge/folder_writer.h"
 #include "core/thread_pool.h"
+#include "families/family.h"
 #include "mcore_bridge/error.h"
 
 namespace mcore_bridge {
@@ -19,6 +21,21 @@ const char* config_dtype(c10::ScalarType dtype) {
          : dtype == c10::ScalarType::BFloat16 ? "bfloat16"
          : dtype == c10::ScalarType::Half     ? "float16"
                                               : nullptr;
+}
+
+/// What the model's family keeps in float32 whatever the rest is in; nothing where there is no config.json or none that
+/// this engine could train, which a conversion does not ask for.
+std::set<std::string> kept_in_float32(const std::string& model) {
+  std::set<std::string> names;
+  try {
+    const auto config = ModelConfig::from_folder(model);
+    for (const auto& rule : chunk_weights(config, {.layers = {0, config.num_layers}})) {
+      if (rule.float32) names.insert(rule.hf.begin(), rule.hf.end());
+    }
+  } catch (const std::exception&) {
+    names.clear();
+  }
+  return names;
 }
 
 /// How the whole result is quantised: what its tensors are, not what was asked.
@@ -138,7 +155,7 @@ ConvertReport convert_checkpoint(const ConvertOptions& options) {
       tensors.back().name = "lm_head.weight";
     }
   }
-  const auto conversions = plan_conversions(std::move(tensors), options, found, merge.get());
+  const auto conversions = plan_conversions(std::move(tensors), options, found, merge.get(), kept_in_float32(options.model));
   check(options, found, conversions);
 
   ConvertReport report;

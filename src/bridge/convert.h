@@ -14,7 +14,8 @@ namespace mcore_bridge {
 struct ConvertOptions {
   std::string model;       ///< folder or safetensors file; any model type
   std::string output_dir;  ///< appears whole or stays as it was (AtomicFolder)
-  /// Of the plain floating point tensors; scales and router corrections (e_score_correction_bias) keep theirs.
+  /// Of the plain floating point tensors; scales, router corrections (e_score_correction_bias) and what the
+  /// family of a known model type keeps in float32 keep theirs.
   std::optional<c10::ScalarType> dtype;
   bool dequantize = false;                    ///< quantised weights become plain ones (bfloat16 unless `dtype` says)
   QuantMethod quantize = QuantMethod::kNone;  ///< plain weights become quantised ones

@@ -8,6 +8,7 @@ void configure(Json& values, const Json& hf) {
   set_attention_biases(values, hf);
   values["qk_layernorm"] = true;
   set_sigmoid_router(values);
+  values["moe_router_weight_in_fp32"] = true;
   set_layers_behind_dense_ones(values, hf);
   set_shared_experts(values, hf, "n_shared_experts");
   set_window_by_layer_types(values, hf);

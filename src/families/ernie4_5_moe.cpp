@@ -11,6 +11,7 @@ void configure(Json& values, const Json& hf) {
   set_biases(values, bias, bias, bias);
   values["rotary_interleaved"] = true;
   values["moe_router_enable_expert_bias"] = true;
+  values["moe_router_weight_in_fp32"] = true;
   const auto start = json_int(hf, "moe_layer_start_index", 1, kFile),
              end = json_int(hf, "moe_layer_end_index", -1, kFile),
              interval = json_int(hf, "moe_layer_interval", 1, kFile);

@@ -9,6 +9,7 @@ constexpr const char* kFile = "config.json";
 void configure(Json& values, const Json& hf) {
   set_biases(values, json_bool(hf, "attention_bias", false, kFile), false, false);
   set_sigmoid_router(values);
+  values["moe_router_weight_in_fp32"] = true;
   set_layers_behind_dense_ones(values, hf);
   set_shared_experts(values, hf, "n_shared_experts");
 }

@@ -10,6 +10,7 @@ void configure(Json& values, const Json& hf) {
   set_attention_biases(values, hf, json_bool(hf, "mlp_bias", false, kFile));
   values["qk_layernorm"] = true;
   set_sigmoid_router(values);
+  values["moe_router_weight_in_fp32"] = true;
   set_layers_behind_dense_ones(values, hf);
   set_shared_experts(values, hf, "num_shared_experts");
 }

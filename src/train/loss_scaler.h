@@ -9,7 +9,7 @@ namespace mcore_bridge {
 /// Halves after `hysteresis` bad steps, doubles after loss_scale_window good ones in a row, as Megatron does.
 class LossScaler {
  public:
-  /// `half`: the parameters are float16; the scale is 1 otherwise.
+  /// `half`: the model computes in float16; the scale is 1 otherwise.
   LossScaler(const OptimizerOptions& options, bool half);
   double scale() const { return scale_; }
   /// Non-finite gradients mean a step to skip, not a failure.

@@ -74,10 +74,8 @@ BufferOptions buffer_options(const OptimizerOptions& options) {
 }
 
 ShardedOptimizer::ShardedOptimizer(std::shared_ptr<ParameterBuffers> buffers, ParallelStatePtr parallel,
-                                   const OptimizerOptions& options)
-    : buffers_(std::move(buffers)),
-      options_(options),
-      scaler_(options, !buffers_->parameters().empty() && buffers_->parameters()[0].tensor.scalar_type() == at::kHalf) {
+                                   const OptimizerOptions& options, bool fp16)
+    : buffers_(std::move(buffers)), options_(options), scaler_(options, fp16) {
   at::NoGradGuard no_grad;
   const auto scalar = is_muon(options) ? options.muon_scalar_optimizer : options.optimizer;
   scalar_rule_ = scalar == "sgd" ? make_sgd(options) : make_adamw(options);

@@ -18,8 +18,9 @@ BufferOptions buffer_options(const OptimizerOptions& options);
 
 class ShardedOptimizer : public Optimizer {
  public:
+  /// `fp16`: activations are, whatever the parameters at hand are in: the loss is scaled.
   ShardedOptimizer(std::shared_ptr<ParameterBuffers> buffers, ParallelStatePtr parallel,
-                   const OptimizerOptions& options);
+                   const OptimizerOptions& options, bool fp16);
 
   /// Before a step: parameters that were written since the last one (loaded weights) are taken over by their masters.
   void take_over();

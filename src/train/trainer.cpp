@@ -148,7 +148,7 @@ struct Trainer::State {
       : chunks(std::move(given)),
         options(std::move(opts)),
         buffers(make_buffers()),
-        optimizer(buffers, model().parallel_ptr(), options),
+        optimizer(buffers, model().parallel_ptr(), options, model().config().fp16),
         executor(chunks, options) {}
   ~State() { buffers->disconnect(); }
   State(const State&) = delete;

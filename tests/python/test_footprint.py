@@ -94,6 +94,8 @@ CASES = {
     "moe_bf16": ({**MOE, **BF16}, None),
     "moe_qk_norm": (dict(MOE, qk_layernorm=True), None),
     "moe_pre_softmax": (dict(MOE, moe_router_pre_softmax=True, moe_router_dtype=None, **BF16), None),
+    "moe_fp32_router": (dict(SIGMOID, moe_router_weight_in_fp32=True, **BF16), None),
+    "moe_fp32_router_without_dtype": (dict(MOE, moe_router_weight_in_fp32=True, moe_router_dtype=None, **BF16), None),
     "moe_fp64": (dict(MOE, moe_router_dtype="fp64"), None),
     "moe_sigmoid": ({**SIGMOID, **BF16}, None),
     "moe_norm_min": (dict(MOE, moe_router_norm_min=1e-3), None),

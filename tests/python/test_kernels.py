@@ -236,10 +236,12 @@ def test_permuted_rows(dtype, topk, columns, padded):
 
 @DTYPES
 @pytest.mark.parametrize("bias", [False, True])
-def test_router_logits(dtype, bias):
+@pytest.mark.parametrize("wide_weight", [False, True])
+def test_router_logits(dtype, bias, wide_weight):
     """As precise as fp32 whatever x and the weight are in."""
-    x, weight = random(70, 256, dtype=dtype, seed=0), random(24, 256, dtype=dtype, seed=1)
-    given = [x, weight] + ([random(24, dtype=dtype, seed=2)] if bias else [])
+    of_weight = torch.float32 if wide_weight else dtype
+    x, weight = random(70, 256, dtype=dtype, seed=0), random(24, 256, dtype=of_weight, seed=1)
+    given = [x, weight] + ([random(24, dtype=of_weight, seed=2)] if bias else [])
     grad = random(70, 24, dtype=torch.float32, seed=3)
     leaves = [each.clone().requires_grad_(True) for each in given]
     logits = kernels.router_logits(*leaves, *([] if bias else [None]))
@@ -251,9 +253,10 @@ def test_router_logits(dtype, bias):
     expected.backward(grad.cpu().double())
     for leaf, each in zip(leaves, wides, strict=True):
         # The gradient is rounded once, from a sum in which nothing was.
-        rounded = each.grad.to(dtype)
-        assert (leaf.grad.cpu() != rounded).float().mean() < (0.9 if dtype == torch.float32 else 0.02)
-        close(leaf.grad, each.grad, TOLERANCE[dtype])
+        rounded = each.grad.to(leaf.dtype)
+        assert leaf.grad.dtype == leaf.dtype
+        assert (leaf.grad.cpu() != rounded).float().mean() < (0.9 if leaf.dtype == torch.float32 else 0.02)
+        close(leaf.grad, each.grad, TOLERANCE[leaf.dtype])
 
 
 def test_squared_norm():

@@ -58,11 +58,16 @@ def _padded(rows):
     return -(-rows // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
-def _chunks(plans, source, dtype):
+def _dtype(plan, dtype):
+    """What a plan's parameter is kept in when the model's others are kept in `dtype`."""
+    return torch.float32 if plan["float32"] else dtype
+
+
+def _chunks(plans, source, params_dtype):
     """Chunks of the whole model; only vocabularies are cut, everything else is one shard per parameter."""
     found = places(plans)
     for plan in plans:
-        place, sizes = found[plan["name"]], list(plan["sizes"])
+        place, sizes, dtype = found[plan["name"]], list(plan["sizes"]), _dtype(plan, params_dtype)
         lead = len(place.axes)
         if not plan["pad_rows"]:
             yield Chunk(
@@ -71,7 +76,7 @@ def _chunks(plans, source, dtype):
                 offsets=(*place.index, *[0] * len(sizes)),
                 sizes=(*[1] * lead, *sizes),
                 dtype=dtype,
-                values=lambda plan=plan, sizes=tuple(sizes), lead=lead: assemble(
+                values=lambda plan=plan, sizes=tuple(sizes), lead=lead, dtype=dtype: assemble(
                     plan, [source.read(name, 0, shape[0], dtype) for name, shape in plan["tensors"]]
                 ).view(*[1] * lead, *sizes),
             )
@@ -82,7 +87,7 @@ def _chunks(plans, source, dtype):
         for first in range(0, whole, step):
             count = min(step, whole - first)
 
-            def values(name=name, first=first, count=count, shape=shape):
+            def values(name=name, first=first, count=count, shape=shape, dtype=dtype):
                 rows = torch.zeros((count, *shape[1:]), dtype=dtype)
                 filled = max(0, min(count, shape[0] - first))
                 if filled:
@@ -261,13 +266,13 @@ def from_megatron(config, folder, output_dir, max_shard_bytes, side_files=None, 
     source = MegatronCheckpoint(folder, plans)
     for plan in plans:
         source.sources(plan)  # everything is looked up before anything is written
-    dtype = config.params_dtype
-    stored = [(name, list(shape), dtype) for plan in plans for name, shape in plan["tensors"]]
-    total = sum(torch.Size(shape).numel() for _, shape, _ in stored) * dtype.itemsize
+    stored = [(name, list(shape), _dtype(plan, config.params_dtype)) for plan in plans for name, shape in plan["tensors"]]
+    total = sum(torch.Size(shape).numel() * dtype.itemsize for _, shape, dtype in stored)
     writer = _core.FolderWriter(os.fspath(output_dir), stored, max_shard_bytes)
     try:
         done = 0
         for plan in plans:
+            dtype = _dtype(plan, config.params_dtype)
             if plan["pad_rows"]:
                 (name, shape), inner = plan["tensors"][0], torch.Size(plan["sizes"][1:]).numel()
                 step = max(1, _LARGEST_CHUNK // (inner * dtype.itemsize))

@@ -15,9 +15,13 @@ namespace {
 /// Inside a backward pass a forward is a recomputation.
 bool again() { return torch::autograd::get_current_node() != nullptr; }
 
+c10::ScalarType weight_dtype(const ModelConfig& config) {
+  return config.moe_router_weight_in_fp32 ? at::kFloat : config.params_dtype;
+}
+
 c10::ScalarType compute_dtype(const ModelConfig& config) {
   const auto name = config.moe_router_dtype.value_or("none");
-  return name == "fp64" ? at::kDouble : name == "fp32" ? at::kFloat : config.params_dtype;
+  return name == "fp64" ? at::kDouble : name == "fp32" ? at::kFloat : weight_dtype(config);
 }
 
 at::Tensor own_rows(const at::Tensor& all, const Group& group) {
@@ -53,8 +57,9 @@ Router::Router(const ModelConfig& config, ParallelStatePtr parallel, at::TensorO
     if (kinds[i] == "global_aux_loss") global_aux_coefficient_ = coefficient;
     if (kinds[i] == "sinkhorn") sinkhorn_ = true;
   }
-  weight_ = at::empty({options_.experts, config.hidden_size}, tensor_options).requires_grad_(true);
-  if (config.add_bias_linear) bias_ = at::empty({options_.experts}, tensor_options).requires_grad_(true);
+  const auto own_options = tensor_options.dtype(weight_dtype(config));
+  weight_ = at::empty({options_.experts, config.hidden_size}, own_options).requires_grad_(true);
+  if (config.add_bias_linear) bias_ = at::empty({options_.experts}, own_options).requires_grad_(true);
   if (config.moe_router_enable_expert_bias)
     expert_bias_ = at::zeros({options_.experts}, tensor_options.dtype(at::kFloat));
   if (bias_update_rate_ > 0 || global_aux_coefficient_ > 0)

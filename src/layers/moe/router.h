@@ -25,7 +25,8 @@ class Router : public Module {
  public:
   Router(const ModelConfig& config, ParallelStatePtr parallel, at::TensorOptions tensor_options);
   std::string kind() const override { return "TopKRouter"; }
-  /// weight [E, h], bias [E] with add_bias_linear, and the buffer expert_bias (float32 [E], no gradient).
+  /// weight [E, h], bias [E] with add_bias_linear (float32 with moe_router_weight_in_fp32), and the buffer expert_bias
+  /// (float32 [E], no gradient).
   std::vector<NamedParameter> own_parameters() const override;
 
   struct Output {

@@ -169,7 +169,7 @@ TEST(Planner, TrainableBytesAreTheTrainers) {
     request.optimizer.optimizer_offload_fraction = offloaded;
     const auto buffers = std::make_shared<ParameterBuffers>(managed_parameters(chunks), ParallelState::single(),
                                                             buffer_options(request.optimizer));
-    const ShardedOptimizer optimizer(buffers, ParallelState::single(), request.optimizer);
+    const ShardedOptimizer optimizer(buffers, ParallelState::single(), request.optimizer, /*fp16=*/false);
     EXPECT_EQ(plan_layout(request).stages[0].memory.optimizer, optimizer.device_bytes()) << offloaded;
     // Rows of 16 and of 3 begin at multiples of 64 elements: the gaps have states as well.
     EXPECT_GT(optimizer.device_bytes() + optimizer.host_bytes(), 12 * trainable);

@@ -31,7 +31,7 @@ struct Model {
     std::vector<ManagedParameter> parameters{{.name = "w", .tensor = weight},
                                              {.name = "n", .tensor = norm, .traits = {.no_weight_decay = true}}};
     buffers = std::make_shared<ParameterBuffers>(parameters, ParallelState::single(), buffer_options(options));
-    optimizer = std::make_unique<ShardedOptimizer>(buffers, ParallelState::single(), options);
+    optimizer = std::make_unique<ShardedOptimizer>(buffers, ParallelState::single(), options, dtype == at::kHalf);
   }
 
   /// One step on d loss / d w = `gradient`, d loss / d n = 1.
