@@ -11,24 +11,25 @@ namespace {
 
 constexpr int64_t kWindow = cuda::kFp8PartsWindow;
 
-/// The part as whole windows of 128 numbers, zeros around it, and which magnitude each of them goes by.
-struct Windows {
-  at::Tensor values, magnitudes;
-  int64_t before = 0;  ///< zeros in front
-  Windows(const Fp8Part& part, at::ScalarType dtype) {
-    const auto length = part.values.numel(), start = part.begin / kWindow;
-    const auto end = (part.begin + length + kWindow - 1) / kWindow;
-    before = part.begin - start * kWindow;
-    values = at::constant_pad_nd(part.values.to(dtype).to(at::kFloat),
-                                 {before, end * kWindow - part.begin - length})
-                 .view({-1, kWindow});
-    const auto number = at::arange(start, end, at::TensorOptions(part.values.device()).dtype(at::kLong));
+/// The part as whole blocks, zeros around it: [rows of blocks, 128, blocks, 128]; with one magnitude for all, one block
+/// of the numbers there are.
+struct Blocks {
+  at::Tensor values, amax;  ///< amax: [rows of blocks, blocks], a view
+  int64_t before = 0;       ///< zeros in front
+  Blocks(const Fp8Part& part, const at::Tensor& all, at::ScalarType dtype) {
+    const auto length = part.values.numel();
+    const auto rounded = part.values.to(dtype).to(at::kFloat);
     if (part.stride == 0) {
-      magnitudes = at::full_like(number, part.first);
-    } else {
-      const auto across = part.columns / kWindow;
-      magnitudes = at::floor_divide(number, across * kWindow) * part.stride + number.remainder(across) + part.first;
+      values = rounded.view({1, 1, 1, length});
+      amax = all.narrow(0, part.first, 1).view({1, 1});
+      return;
     }
+    const auto unit = kWindow * part.columns, across = part.columns / kWindow;
+    const auto first = part.begin / unit, last = (part.begin + length + unit - 1) / unit;
+    before = part.begin - first * unit;
+    values = at::constant_pad_nd(rounded, {before, last * unit - part.begin - length});
+    values = values.view({last - first, kWindow, across, kWindow});
+    amax = all.as_strided({last - first, across}, {part.stride, 1}, part.first + first * part.stride);
   }
 };
 
@@ -69,8 +70,9 @@ void fp8_raise_amax(const std::vector<Fp8Part>& parts, const at::Tensor& amax, a
     return launch_parts(parts, amax, [&](const auto& p, auto stream) { cuda::fp8_parts_amax(p, type_of(dtype), stream); });
   }
   for (const auto& part : parts) {
-    const Windows windows(part, dtype);
-    at::Tensor(amax).index_reduce_(0, windows.magnitudes, magnitude(windows.values, {1}), "amax");
+    const Blocks blocks(part, amax, dtype);
+    auto own = blocks.amax;
+    at::maximum_out(own, own, magnitude(blocks.values, {1, 3}));
   }
 }
 
@@ -80,10 +82,10 @@ void fp8_quantize(const std::vector<Fp8Part>& parts, const at::Tensor& amax, at:
                         [&](const auto& p, auto stream) { cuda::fp8_parts_quantize(p, type_of(dtype), stream); });
   }
   for (const auto& part : parts) {
-    const Windows windows(part, dtype);
-    const auto factor = factor_of(amax.index_select(0, windows.magnitudes), at::kFloat8_e4m3fn).unsqueeze(1);
-    const auto codes = rounded(windows.values * factor, at::kFloat8_e4m3fn).view({-1});
-    part.codes.copy_(codes.narrow(0, windows.before, part.codes.numel()));
+    const Blocks blocks(part, amax, dtype);
+    const auto factor = factor_of(blocks.amax, at::kFloat8_e4m3fn).view({-1, 1, blocks.amax.size(1), 1});
+    const auto codes = rounded(blocks.values * factor, at::kFloat8_e4m3fn).view({-1});
+    part.codes.copy_(codes.narrow(0, blocks.before, part.codes.numel()));
   }
 }
 

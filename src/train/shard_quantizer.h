@@ -33,6 +33,7 @@ class ShardQuantizer : public WeightMasters {
   void run();
 
   at::Tensor values(const at::Tensor& codes) const override;
+  int64_t bytes() const { return static_cast<int64_t>(amax_.nbytes()); }  ///< on the device
 
  private:
   struct Weight {

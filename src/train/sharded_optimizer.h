@@ -45,7 +45,7 @@ class ShardedOptimizer : public Optimizer {
   int64_t skipped = 0;  ///< steps skipped so far
 
   /// Bytes of masters and states, on the device and in host memory.
-  int64_t device_bytes() const { return bytes(device_); }
+  int64_t device_bytes() const { return bytes(device_) + (quantizer_ ? quantizer_->bytes() : 0); }
   int64_t host_bytes() const { return bytes(host_); }
 
  private:
