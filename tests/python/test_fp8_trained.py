@@ -21,6 +21,7 @@ OPTIMIZERS = {
     "sgd": dict(optimizer="sgd", sgd_momentum=0.9, lr=1e-1),
     "muon": dict(optimizer="muon"),
     "offload": dict(optimizer_cpu_offload=True, optimizer_offload_fraction=0.37),
+    "bf16_gradients": dict(main_grads_dtype="bf16", clip_grad=0.0),
     "no_shard": dict(data_parallel_sharding_strategy="no_shard", exp_avg_dtype="bf16", overlap_grad_reduce=True),
 }
 
@@ -85,6 +86,34 @@ def test_training_is_that_of_wide_weights(recipe, optimizer):
             check_codes(models)
     assert seen[True][0] == seen[False][0] and seen[True][0][-2] < seen[True][0][0]
     same_bits(seen[True][1], seen[False][1])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_other_precisions(dtype):
+    seen = {}
+    for param in (False, True):
+        models = build(**{**fp8("tensorwise", fp8_param=param), "params_dtype": dtype})
+        trainer = mb.Trainer(models, **OPTIONS)
+        seen[param] = steps(trainer, 0, 4), exported(models)
+    assert seen[True][0] == seen[False][0]
+    same_bits(seen[True][1], seen[False][1])
+
+
+def test_some_of_the_base_trains_beside_an_adapter():
+    """Weights that train when they are loaded have masters of the values, the others codes alone."""
+    seen = {}
+    for param in (False, True):
+        config = mb.ModelConfig(**{**BASE, **fp8("tensorwise", fp8_param=param)})
+        models = mb.get_mcore_model(config, device=DEVICE)
+        mb.add_lora(models, mb.LoraOptions(r=4))
+        trained = models[0].get_parameter("decoder.layers.1.mlp.linear_fc2.base_layer.weight").requires_grad_(True)
+        config.bridge.initialize(models, seed=1)
+        codes = {name: bits(p).clone() for name, p in codes_of(models).items()}
+        trainer = mb.Trainer(models, **OPTIONS)
+        seen[param] = steps(trainer, 0, 4), exported(models)["model.layers.1.mlp.down_proj.weight"]
+        changed = [p for name, p in codes_of(models).items() if not torch.equal(bits(p), codes[name])]
+        assert len(changed) == int(param) and (not param or changed[0] is trained)
+    assert seen[True][0] == seen[False][0] and torch.equal(seen[True][1], seen[False][1])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
