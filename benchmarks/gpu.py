@@ -55,6 +55,7 @@ CASES = {
     ),
     "8b-half-full": dict(shape="8b-half", tuner="full", batch=2, length=4096),
     "8b-half-full-fp8": dict(shape="8b-half", tuner="full", batch=2, length=4096, config=FP8),
+    "8b-half-full-fp8-param": dict(shape="8b-half", tuner="full", batch=2, length=4096, config=FP8 | dict(fp8_param=True)),
     "8b-half-full-fp8-delayed": dict(
         shape="8b-half", tuner="full", batch=2, length=4096, config=FP8 | dict(fp8_recipe="delayed")
     ),

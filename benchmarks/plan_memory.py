@@ -63,6 +63,7 @@ def case(processes=1, fields=None, *, lora=None, rows=2, length=256, micro_batch
     )  # fmt: skip
 
 
+FP8_PARAM = dict(BF16, fp8="hybrid", fp8_recipe="tensorwise", fp8_param=True)
 CASES = {
     "full": case(),
     "full_bf16": case(1, BF16),
@@ -118,6 +119,8 @@ CASES = {
     "pp2_vpp2": case(2, dict(PP, virtual_pipeline_model_parallel_size=2), micro_batches=4),
     "pp2_layout": case(2, dict(PP, pipeline_model_parallel_layout="Et*3|t*2|t|t*2L"), micro_batches=4),
     "pp2_zb": case(2, dict(PP, pipeline_schedule="zb-h1"), micro_batches=4),
+    "fp8_param": case(1, FP8_PARAM),
+    "dp2_fp8_param": case(2, FP8_PARAM),
     "dp2": case(2),
     "dp2_overlap": case(2, overlap_grad_reduce=True, overlap_param_gather=True),
     "dp2_unsharded": case(2, BF16, use_distributed_optimizer=False),
@@ -311,7 +314,8 @@ def measure(values, scale=1):
     result.update(states=states.now - states.before, step=step.peak - states.now, communication=mb.communication_volume())
     del trainer
     sharded = values["optimizer"].get("data_parallel_sharding_strategy") == "optim_grads_params"
-    if state.pp_size == 1 and not sharded and not torch.cuda.is_available():
+    codes = any(p.requires_grad and p.dtype == torch.float8_e4m3fn for p in models[0].parameters())  # have no .grad
+    if state.pp_size == 1 and not sharded and not codes and not torch.cuda.is_available():
         for model in models:
             model.train()
         segments = _core.segments(models[0].engine, rows, length // state.cp_size, documents=documents, training_loss=False)

@@ -1,9 +1,12 @@
 // The operations of src/kernels for tests and benchmarks; nothing in the package uses them from Python.
+#include <ATen/ops/zeros.h>
+
 #include "bindings/bindings.h"
 #include "kernels/adamw.h"
 #include "kernels/cross_entropy.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/fp8.h"
+#include "kernels/fp8_parts.h"
 #include "kernels/gated_activation.h"
 #include "kernels/lora_b.h"
 #include "kernels/param_remainder.h"
@@ -95,7 +98,24 @@ void init_fp8(py::module_& kernels) {
     return std::tuple{or_none(pair.straight.values), or_none(pair.straight.scale), or_none(pair.turned.values),
                       or_none(pair.turned.scale)};
   });
-  kernels.def("fp8_raise_amax", &fp8_raise_amax);
+  kernels.def("fp8_raise_amax", py::overload_cast<const at::Tensor&, const at::Tensor&>(&fp8_raise_amax));
+  kernels.def(
+      "fp8_parts",
+      [](const at::Tensor& values, const std::vector<int64_t>& cuts, const at::Tensor& scale, const at::Tensor& like) {
+        const auto codes = at::zeros(values.sizes(), values.options().dtype(at::kFloat8_e4m3fn));
+        const auto amax = at::zeros({scale.numel()}, scale.options());
+        std::vector<Fp8Part> parts;
+        for (size_t i = 0; i < cuts.size(); ++i) {
+          const auto begin = cuts[i], length = (i + 1 < cuts.size() ? cuts[i + 1] : values.numel()) - begin;
+          parts.push_back({values.view({-1}).narrow(0, begin, length), codes.view({-1}).narrow(0, begin, length), begin,
+                           values.size(1), 0, scale.dim() == 1 ? 0 : scale.size(1)});
+        }
+        fp8_raise_amax(parts, amax, like.scalar_type());
+        fp8_write_scales({{scale, 0}}, amax);
+        fp8_quantize(parts, amax, like.scalar_type());
+        return codes;
+      },
+      "Codes of a float matrix cut at these elements, rounded to like's dtype first; the scales are filled.");
   kernels.def("fp8_turned", [](const Fp8Tensors& matrix, const std::string& scaling) {
     const auto turned = fp8_turned(fp8_matrix(matrix, scaling));
     return std::pair{turned.values, turned.scale};

@@ -3,11 +3,13 @@
 
 #include <algorithm>
 #include <deque>
+#include <optional>
 
 #include "bridge/checkpoint_plan.h"
 #include "bridge/region_blocks.h"
 #include "bridge/tensor_encoder.h"
 #include "mcore_bridge/error.h"
+#include "models/gathered_masters.h"
 #include "models/gpt_model.h"
 
 namespace mcore_bridge {
@@ -61,6 +63,7 @@ struct WeightExporter::State {
   Chunks chunks;
   ExportOptions options;
   std::unique_ptr<MaterialisedParameters> whole;
+  std::optional<GatheredMasters> masters;
   Group group;  // all ranks that own parts of one copy of the model
   std::vector<PlannedParameter> parameters;
   std::vector<HfTensor> tensors;
@@ -182,6 +185,7 @@ WeightExporter::WeightExporter(Chunks chunks, ExportOptions options) : state_(st
   state.device = model.device();
   state.parameters = owned_parameters(chunks, selection);
   state.whole = in_place(chunks, selection);
+  state.masters.emplace(chunks);
   state.tensors = whole_checkpoint(chunks, selection);
   if (!options.names.empty())
     std::erase_if(state.tensors, [&](const auto& tensor) { return !options.names.contains(tensor.name); });

@@ -142,6 +142,7 @@ void ParameterReader::settle(const InFp8& read) const {
         .narrow(1, region.col / kBlock, cols)
         .copy_(grid.narrow(0, box.row / kBlock, rows).narrow(1, box.col / kBlock, cols));
   }
+  parameter->in_fp8->wide().set_exact(parameter->tensor);
 }
 
 }  // namespace mcore_bridge

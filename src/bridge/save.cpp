@@ -13,6 +13,7 @@
 #include "bridge/tensor_encoder.h"
 #include "core/thread_pool.h"
 #include "mcore_bridge/error.h"
+#include "models/gathered_masters.h"
 #include "models/gpt_model.h"
 #include "parallel/together.h"
 
@@ -217,6 +218,7 @@ void save_weights(const Chunks& chunks, const std::string& folder, const SaveOpt
   });
   check_same_layout(layout, parallel.world);
   const auto whole = in_place(chunks, selection);
+  const GatheredMasters masters(chunks);
   try {
     step([&] {
       if (!leader) return;

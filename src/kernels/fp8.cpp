@@ -4,6 +4,7 @@
 #include <c10/core/DeviceGuard.h>
 
 #include "kernels/device.h"
+#include "kernels/fp8_reference.h"
 
 namespace mcore_bridge {
 namespace {
@@ -12,27 +13,11 @@ constexpr int64_t kBlock = 128, kWorkspace = 32 << 20;
 
 int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-double largest(at::ScalarType format) { return format == at::kFloat8_e5m2 ? 57344.0 : 448.0; }
-
-at::Tensor factor_of(const at::Tensor& amax, at::ScalarType format) {
-  const auto factor = at::where(amax > 0, at::full_like(amax, largest(format)) / amax, at::ones_like(amax));
-  return at::where(factor.isfinite(), factor, at::zeros_like(factor));
-}
-at::Tensor scale_of(const at::Tensor& factor) {
-  return at::where(factor > 0, factor.reciprocal(), at::ones_like(factor));
-}
-
-at::Tensor rounded(const at::Tensor& values, at::ScalarType format) {
-  return values.clamp(-largest(format), largest(format)).to(format);
-}
-
 /// [rows, columns] -> [blocks, 128, columns], zeros behind.
 at::Tensor row_blocks(const at::Tensor& x) {
   const auto rows = up_to(x.size(0), kBlock);
   return at::constant_pad_nd(x, {0, 0, 0, rows - x.size(0)}).view({rows / kBlock, kBlock, x.size(1)});
 }
-
-at::Tensor magnitude(const at::Tensor& x, at::IntArrayRef dims) { return x.abs().nan_to_num(0, INFINITY).amax(dims); }
 
 /// One scale for 128 numbers of a row.
 Fp8Matrix by_rows(const at::Tensor& x, at::ScalarType format) {

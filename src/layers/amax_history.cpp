@@ -15,6 +15,10 @@ AmaxHistory::AmaxHistory(int64_t slots, int64_t length, bool most_recent, c10::D
   next_ = at::zeros({slots}, options);
 }
 
+void AmaxHistory::raise(const at::Tensor& slots, const at::Tensor& magnitudes) {
+  next_.index_copy_(0, slots, at::maximum(next_.index_select(0, slots), magnitudes));
+}
+
 void AmaxHistory::update(const std::vector<Group>& groups) {
   const at::NoGradGuard no_grad;
   auto newest = next_.nan_to_num(0, 0, 0);

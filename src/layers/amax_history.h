@@ -23,6 +23,9 @@ class AmaxHistory {
   /// [1]: this step's, to be raised.
   at::Tensor next(int64_t slot) const { return next_.narrow(0, slot, 1); }
 
+  /// Raises `next` of several slots (int64, each once) at once.
+  void raise(const at::Tensor& slots, const at::Tensor& magnitudes);
+
   /// This step's magnitudes, the largest over the ranks of every group, become the newest of the history. A slot that
   /// saw nothing finite but zeros repeats its last. Collective.
   void update(const std::vector<Group>& groups);

@@ -13,6 +13,7 @@
 
 #include "kernels/fp8.h"
 #include "layers/amax_history.h"
+#include "layers/main_gradient.h"
 #include "parallel/group.h"
 
 namespace mcore_bridge {
@@ -72,6 +73,7 @@ class Fp8Linear {
   const at::Tensor& stored_scale() const { return stored_scale_; }  ///< as Fp8Matrix::scale
   /// Quantises `values` [out, in] into the codes. Collective over `tp` where one scale serves the whole tensor.
   void quantize_weight(const at::Tensor& values, const at::Tensor& codes);
+  int64_t weight_slot() const { return options_.first_slot + kWeight; }  ///< of the history
   /// What the codes stand for, in fp32.
   at::Tensor weight_values(const at::Tensor& codes) const;
 
@@ -96,7 +98,9 @@ class Fp8Linear {
   } stamp_;
 };
 
-/// dW from dy and x, both turned, or undefined when the schedule wants it later (layers/weight_gradients.h).
-at::Tensor fp8_weight_gradient(const at::Tensor& weight, const Fp8Matrix& dy, const Fp8Matrix& x);
+/// dW from dy and x, both turned: undefined when it goes into the `main` gradient (null: there is none), or when the
+/// schedule wants it later (layers/weight_gradients.h).
+at::Tensor fp8_weight_gradient(const at::Tensor& weight, const std::shared_ptr<MainGradient>& main, const Fp8Matrix& dy,
+                               const Fp8Matrix& x);
 
 }  // namespace mcore_bridge

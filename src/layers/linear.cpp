@@ -7,6 +7,7 @@
 
 #include "kernels/room.h"
 #include "layers/activation.h"
+#include "layers/main_gradient.h"
 #include "layers/norm.h"
 #include "layers/offload.h"
 #include "layers/sequence_linear.h"
@@ -135,10 +136,10 @@ RandomStream ParallelLinear::dropout_stream() const {
 }
 
 void ParallelLinear::prepare_fp8() const {
-  MCB_CHECK(
-      !fp8_->stores_weight() || !weight_.requires_grad() || !at::GradMode::is_enabled(),
-      "fp8_param: weights that are FP8 codes alone cannot train: add_lora freezes them, requires_grad_(False) does, "
-      "or leave out fp8_param (--fp8_param_gather) and keep fp8");
+  MCB_CHECK(!fp8_->stores_weight() || !weight_.requires_grad() || !at::GradMode::is_enabled() || main_gradient(weight_),
+            "fp8_param: weights that are FP8 codes alone have no .grad, which would be of their type; train with "
+            "mcore_bridge.Trainer (train_step), freeze them (add_lora, requires_grad_(False)), or leave out fp8_param "
+            "(--fp8_param_gather) and keep fp8");
   fp8_->set_training(training());
 }
 
@@ -256,16 +257,25 @@ void ParallelLinear::store_weight_in_fp8() {
   const auto sizes = weight_.sizes().vec();
   weight_.reset();  // its memory first
   weight_ = at::zeros(sizes, options).requires_grad_(true);
+  wide_.set_exact(weight_);
 }
 
 at::Tensor ParallelLinear::weight_values() const {
-  return weight_in_fp8() ? fp8_->weight_values(weight_).to(dtype_) : weight_.detach();
+  if (!weight_in_fp8()) return weight_.detach();
+  const auto wide = wide_.values(weight_);
+  return wide.defined() ? wide : fp8_->weight_values(weight_).to(dtype_);
 }
 
 void ParallelLinear::set_weight_values(const at::Tensor& values) {
   const at::NoGradGuard no_grad;
   if (weight_in_fp8()) {
-    fp8_->quantize_weight(values.to(weight_.device(), dtype_), weight_);
+    const auto given = values.to(weight_.device(), dtype_);
+    fp8_->quantize_weight(given, weight_);
+    if (weight_.requires_grad()) {
+      wide_.keep(given, weight_);
+    } else {
+      wide_.forget();
+    }
   } else {
     weight_.copy_(values);
   }

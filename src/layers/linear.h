@@ -13,6 +13,7 @@
 
 #include "layers/linear_function.h"
 #include "layers/module.h"
+#include "layers/wide_weight.h"
 #include "parallel/parallel_state.h"
 #include "parallel/random.h"
 #include "plan/weight_rule.h"
@@ -78,14 +79,19 @@ class ParallelLinear : public Module {
   /// From now on the weight's products are in FP8 (adapters stay as they are). ValueError names what does not fit.
   void set_fp8(const std::string& name, Fp8Options options);
   const std::shared_ptr<Fp8Linear>& fp8() const { return fp8_; }
+  at::ScalarType dtype() const { return dtype_; }  ///< of inputs, outputs and the weight's values
   /// fp8_param, in front of set_fp8: the parameter becomes FP8 codes (float8_e4m3fn), zeros for now, its former memory
   /// is given back; the scales are a buffer beside it, weight_scale_inv.
   void store_weight_in_fp8();
   bool weight_in_fp8() const { return fp8_ && fp8_->stores_weight(); }
-  /// The weight's values in the layer's dtype: the parameter itself, or what its codes stand for in new memory.
+  /// The weight's values in the layer's dtype: the parameter itself, or in new memory those its codes were made from if
+  /// they are known (`wide`), else what the codes stand for.
   at::Tensor weight_values() const;
-  /// Copies `values` [out, in] into the weight, or quantises them. Collective over the tensor-parallel ranks.
+  /// Copies `values` [out, in] into the weight, or quantises them; those of a weight that trains are kept for its
+  /// master. Collective over the tensor-parallel ranks.
   void set_weight_values(const at::Tensor& values);
+  WideWeight& wide() { return wide_; }  ///< of weight_in_fp8
+  const WideWeight& wide() const { return wide_; }
   /// W + scaling * B A of this adapter, in a new tensor of W's dtype; W itself does not change. Local, no
   /// communication.
   at::Tensor merged_weight(const std::string& adapter) const;
@@ -106,10 +112,11 @@ class ParallelLinear : public Module {
 
   LinearOptions options_;
   ParallelStatePtr parallel_;
-  at::ScalarType dtype_;  ///< of inputs and outputs
+  at::ScalarType dtype_;
   at::Tensor weight_, bias_, layer_norm_weight_;
   std::map<std::string, LoraAdapter> adapters_;
   std::shared_ptr<Fp8Linear> fp8_;
+  WideWeight wide_;
 };
 
 }  // namespace mcore_bridge

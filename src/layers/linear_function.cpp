@@ -34,20 +34,16 @@ struct Holder : torch::CustomClassHolder {
 
   /// The gradient of the weight from quantised matrices, as weight_gradient gives it.
   at::Tensor weight_gradient(const at::Tensor& weight, const Fp8Matrix& dy, const Fp8Matrix& x) const {
-    if (!main[kWeight] || WeightGradients::current()) return fp8_weight_gradient(weight, dy, x);
-    contribute(*main[kWeight],
-               [dy, x](const at::Tensor& grad, bool accumulate) { fp8_accumulate(grad, dy, x, accumulate); });
-    return {};
+    return fp8_weight_gradient(weight, main[kWeight], dy, x);
   }
 
   /// a^T b, the gradient of `parameter`: into the main gradient, or returned for autograd when there is none, or put
   /// aside.
   at::Tensor weight_gradient(size_t slot, const at::Tensor& parameter, const at::Tensor& a, const at::Tensor& b) const {
-    if (!main[slot] || WeightGradients::current())
-      return WeightGradients::now_or_later(parameter, [a, b] { return at::mm(a.t(), b); });
-    contribute(*main[slot],
-               [a, b](const at::Tensor& grad, bool accumulate) { accumulate_product(grad, a, b, accumulate); });
-    return {};
+    if (!main[slot]) return WeightGradients::now_or_later(parameter, [a, b] { return at::mm(a.t(), b); });
+    return WeightGradients::now_or_later(
+        parameter, main[slot],
+        [a, b](const at::Tensor& grad, bool accumulate) { accumulate_product(grad, a, b, accumulate); });
   }
 
   /// The gradient of an adapter's B: scaling * grad_y^T low, of which an expanded one is collected.

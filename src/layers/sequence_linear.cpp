@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "layers/given.h"
+#include "layers/main_gradient.h"
 #include "layers/overlapped_matmul.h"
 #include "layers/weight_gradients.h"
 
@@ -29,17 +30,22 @@ struct Holder : torch::CustomClassHolder {
   bool overlap;  // never with FP8
   Fp8Ptr fp8;
   at::Tensor amax;  // what the FP8 input was scaled for
+  std::shared_ptr<MainGradient> main;  // of the weight
   Holder(Group g, bool o, Fp8Ptr f) : group(std::move(g)), overlap(o), fp8(std::move(f)) {}
 };
 
-/// dW = grad^T x, or undefined when the schedule wants it later.
-at::Tensor weight_gradient(const at::Tensor& weight, const at::Tensor& grad, const at::Tensor& x) {
-  return WeightGradients::now_or_later(weight, [grad, x] { return at::mm(grad.t(), x); });
+/// dW = grad^T x, or undefined when it goes into the main gradient or the schedule wants it later.
+at::Tensor weight_gradient(const at::Tensor& weight, const Holder& kept, const at::Tensor& grad, const at::Tensor& x) {
+  if (!kept.main) return WeightGradients::now_or_later(weight, [grad, x] { return at::mm(grad.t(), x); });
+  return WeightGradients::now_or_later(
+      weight, kept.main,
+      [grad, x](const at::Tensor& sum, bool accumulate) { accumulate_product(sum, grad, x, accumulate); });
 }
 
-Holder& keep(AutogradContext* context, const Group& group, bool overlap, const Fp8Ptr& fp8) {
+Holder& keep(AutogradContext* context, const at::Tensor& weight, const Group& group, bool overlap, const Fp8Ptr& fp8) {
   auto holder = c10::make_intrusive<Holder>(group, overlap, fp8);
   auto& kept = *holder;
+  kept.main = main_gradient(weight);
   context->saved_data["holder"] = at::IValue::make_capsule(std::move(holder));
   return kept;
 }
@@ -53,7 +59,7 @@ struct Gathered : Function<Gathered> {
                             const Fp8Ptr* fp8) {
     const auto bias = given_bias.value_or(at::Tensor());
     context->saved_data["bias"] = bias.defined();
-    auto& kept = keep(context, *tp, overlap, *fp8);
+    auto& kept = keep(context, weight, *tp, overlap, *fp8);
     // A frozen weight's gradient never asks for x.
     context->save_for_backward({weight.requires_grad() ? x : at::Tensor(), weight});
     if (overlap) return shaped(gather_matmul(matrix(x), weight, bias, *tp), x);
@@ -85,12 +91,12 @@ struct Gathered : Function<Gathered> {
             shaped(kept.fp8->input_gradient(dy.straight, grad.size(0), grad.scalar_type(), weight, {}), grads[0]));
       if (wants_weight)
         result[1] =
-            fp8_weight_gradient(weight, dy.turned, kept.fp8->turned_input(matrix(kept.group.all_gather(x)), kept.amax));
+            fp8_weight_gradient(weight, kept.main, dy.turned, kept.fp8->turned_input(matrix(kept.group.all_gather(x)), kept.amax));
     } else {
       if (wants_x) result[0] = kept.group.reduce_scatter(shaped(at::mm(grad, weight), grads[0]));
       if (wants_weight) whole = matrix(kept.group.all_gather(x));
     }
-    if (wants_weight && !kept.fp8) result[1] = weight_gradient(weight, grad, whole);
+    if (wants_weight && !kept.fp8) result[1] = weight_gradient(weight, kept, grad, whole);
     if (context->saved_data["bias"].toBool() && context->needs_input_grad(2)) result[2] = grad.sum(0);
     return result;
   }
@@ -102,7 +108,7 @@ struct Scattered : Function<Scattered> {
                             const Fp8Ptr* fp8) {
     const auto addend = given_addend.value_or(at::Tensor());
     context->saved_data["addend"] = addend.defined();
-    auto& kept = keep(context, *tp, overlap, *fp8);
+    auto& kept = keep(context, weight, *tp, overlap, *fp8);
     context->save_for_backward({weight.requires_grad() ? x : at::Tensor(), weight});
     const auto rows = matrix(x);
     const auto more = addend.defined() ? matrix(addend) : addend;
@@ -133,12 +139,12 @@ struct Scattered : Function<Scattered> {
           result[0] =
               shaped(kept.fp8->input_gradient(dy.straight, whole.size(0), whole.scalar_type(), weight, {}), grads[0]);
         if (wants_weight)
-          result[1] = fp8_weight_gradient(weight, dy.turned, kept.fp8->turned_input(matrix(x), kept.amax));
+          result[1] = fp8_weight_gradient(weight, kept.main, dy.turned, kept.fp8->turned_input(matrix(x), kept.amax));
       } else if (wants_x) {
         result[0] = shaped(at::mm(whole, weight), grads[0]);
       }
     }
-    if (wants_weight && !kept.fp8) result[1] = weight_gradient(weight, whole, matrix(x));
+    if (wants_weight && !kept.fp8) result[1] = weight_gradient(weight, kept, whole, matrix(x));
     if (context->saved_data["addend"].toBool() && context->needs_input_grad(2)) result[2] = shaped(whole, grads[0]);
     return result;
   }

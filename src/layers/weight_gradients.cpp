@@ -4,6 +4,8 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 #include <atomic>
@@ -61,6 +63,14 @@ at::Tensor WeightGradients::now_or_later(const at::Tensor& tensor, std::function
   return {};
 }
 
+at::Tensor WeightGradients::now_or_later(const at::Tensor& parameter, const std::shared_ptr<MainGradient>& main,
+                                         std::function<void(const at::Tensor&, bool)> into) {
+  return now_or_later(parameter, [main, into = std::move(into)] {
+    contribute(*main, into);
+    return at::Tensor();
+  });
+}
+
 void WeightGradients::add(at::Tensor tensor, std::function<at::Tensor()> gradient) {
   const std::lock_guard lock(mutex_);
   tensors_.push_back(std::move(tensor));
@@ -73,17 +83,26 @@ bool WeightGradients::holds(const at::Tensor& tensor) {
 }
 
 void WeightGradients::run() {
-  if (tensors_.empty()) return;
-  variable_list gradients;
+  const auto tensors = std::exchange(tensors_, {});
+  variable_list wanting, gradients, contributed;
   {
     at::NoGradGuard no_grad;
-    for (auto& gradient : gradients_) {
-      gradients.push_back(gradient());
-      gradient = nullptr;  // its inputs are not needed any more
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      auto gradient = gradients_[i]();
+      gradients_[i] = nullptr;  // its inputs are not needed any more
+      if (gradient.defined()) {
+        wanting.push_back(tensors[i]);
+        gradients.push_back(std::move(gradient));
+      } else {
+        contributed.push_back(tensors[i]);
+      }
     }
   }
   gradients_.clear();
-  torch::autograd::backward(std::exchange(tensors_, {}), gradients);
+  if (!wanting.empty()) torch::autograd::backward(wanting, gradients);
+  for (const auto& parameter : contributed) {  // what autograd tells of others
+    if (const auto& hook = torch::autograd::impl::post_acc_grad_hooks(parameter)) (*hook)(parameter);
+  }
 }
 
 SplitBackward::SplitBackward() { ++splitting; }

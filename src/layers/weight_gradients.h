@@ -4,8 +4,11 @@
 #include <ATen/core/Tensor.h>
 
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <vector>
+
+#include "layers/main_gradient.h"
 
 namespace mcore_bridge {
 
@@ -19,8 +22,12 @@ class WeightGradients {
   static WeightGradients* current();
   /// `gradient`() now, or undefined and put aside when the backward pass that runs wants it later. As add().
   static at::Tensor now_or_later(const at::Tensor& tensor, std::function<at::Tensor()> gradient);
+  /// The same for a parameter with a main gradient, which `into` adds to: nothing is left for autograd.
+  static at::Tensor now_or_later(const at::Tensor& parameter, const std::shared_ptr<MainGradient>& main,
+                                 std::function<void(const at::Tensor& grad, bool accumulate)> into);
 
-  /// `gradient` computes what backward adds to `tensor`, a parameter or something computed from parameters.
+  /// `gradient` computes what backward adds to `tensor`, a parameter or something computed from parameters; undefined
+  /// when it has added that to the parameter's main gradient.
   void add(at::Tensor tensor, std::function<at::Tensor()> gradient);
   /// Whether a gradient of exactly this tensor is put aside.
   bool holds(const at::Tensor& tensor);

@@ -65,20 +65,6 @@ void store_weights_in_fp8(const ModelConfig& config, int64_t number, Module& lay
   for (const auto& child : layer.children()) store_weights_in_fp8(config, number, *child.module);
 }
 
-void check_fp8_param(const Chunks& chunks, bool sharded) {
-  for (const auto& chunk : chunks) {
-    if (!chunk->config().fp8_param) continue;
-    MCB_CHECK(!sharded,
-              "fp8_param: weights kept in FP8 are not sharded fully by this version; leave out fp8_param "
-              "(--fp8_param_gather), or choose data_parallel_sharding_strategy optim, optim_grads or no_shard");
-    for (const auto& [name, layer] : chunk->linears()) {
-      MCB_CHECK(!layer->weight_in_fp8() || !layer->weight().requires_grad(), "fp8_param: ", name,
-                " is to train, but is kept as FP8 codes alone, which only frozen weights can be in this version; train "
-                "an adapter (tuner_type lora), or leave out fp8_param (--fp8_param_gather) and keep fp8");
-    }
-  }
-}
-
 void update_fp8_scales(const Chunks& chunks) {
   const AmaxHistory* last = nullptr;
   for_each_history(chunks, [&](const std::string&, const Fp8Options& options) {
@@ -111,6 +97,14 @@ void set_fp8_history(const Chunks& chunks, const std::map<std::string, at::Tenso
     all.narrow(0, options.first_slot, Fp8Linear::kSlots).narrow(1, 0, length).copy_(found->second.narrow(1, 0, length));
   });
   for (const auto& [own, all] : values) own->restore(all);
+}
+
+void forget_wide_weights(const Chunks& chunks) {
+  for (const auto& chunk : chunks) {
+    for (const auto& [name, layer] : chunk->linears()) {
+      if (layer->weight_in_fp8() && layer->wide().in_memory()) layer->wide().forget();
+    }
+  }
 }
 
 void drop_fp8_weights(const Chunks& chunks) {

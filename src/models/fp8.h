@@ -20,9 +20,6 @@ void set_up_fp8(GPTModel& model);
 /// of the next need no memory beside it.
 void store_weights_in_fp8(const ModelConfig& config, int64_t number, Module& layer);
 
-/// ValueError naming the way out when weights that are stored in FP8 are to train, or to be `sharded` fully.
-void check_fp8_param(const Chunks& chunks, bool sharded);
-
 /// See trainer.h.
 void update_fp8_scales(const Chunks& chunks);
 
@@ -31,6 +28,9 @@ void update_fp8_scales(const Chunks& chunks);
 std::map<std::string, at::Tensor> fp8_history(const Chunks& chunks);
 /// For a run that goes on; layers that `history` does not name, or an empty one, begin anew.
 void set_fp8_history(const Chunks& chunks, const std::map<std::string, at::Tensor>& history);
+
+/// Values that weights stored in FP8 were made from are needed no more.
+void forget_wide_weights(const Chunks& chunks);
 
 /// The layers' FP8 weights are made for every use instead of kept over a step.
 void drop_fp8_weights(const Chunks& chunks);

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "layers/linear.h"
 #include "train/sharded_optimizer.h"
 #include "train/state_runs.h"
 #include "train/update_rule.h"
@@ -56,12 +57,15 @@ PlannedBuffers plan_buffers(const std::vector<ManagedParameter>& parameters, con
   for (const auto& parameter : parameters) {
     result.parameters += parameter.tensor.numel();
     if (parameter.trainable) result.trainable += parameter.tensor.numel();
+    if (parameter.trainable && parameter.in_fp8)
+      result.magnitudes += parameter.in_fp8->fp8()->stored_scale().numel();
     if (parameter.trainable || shards_all) {
       managed.push_back(parameter);
     } else {
       result.weights += static_cast<int64_t>(parameter.tensor.nbytes());
     }
   }
+  result.optimizer = 4 * result.magnitudes;
   const auto layouts = bucket_layouts(managed, parallel, buffers);
   int64_t to_offload = 0;
   for (const auto& layout : layouts)

@@ -42,6 +42,7 @@ struct PlannedBuffers {
   /// the tied embedding's stages, and by the number of copies of shared rows.
   int64_t partial = 0, expert_partial = 0, tied = 0;
   std::map<int, int64_t> shared;
+  int64_t magnitudes = 0;  ///< of the weights that train as FP8 codes: ranks agree on them once a step
 };
 
 /// `parameters`: all of the stage's, of every chunk; meta tensors do. Of rank 0 of the data-parallel group.

@@ -74,6 +74,15 @@ void add_buckets(StepTraffic& traffic, const PlannedStage& stage, const ModelCon
   }
 }
 
+/// The scales of weights that train as FP8 codes: of blocks each rank's own, of tensors the whole ones'.
+void add_magnitudes(StepTraffic& traffic, const PlannedBuffers& buffers, const ModelConfig& config,
+                    const ParallelSizes& sizes, int replicas) {
+  if (buffers.magnitudes == 0) return;
+  const auto bytes = 4 * buffers.magnitudes;
+  if (buffers.sharding != Sharding::kNone) add(traffic, GroupKind::kDataContext, Traffic::all_reduce(bytes, replicas));
+  if (config.fp8_recipe != "blockwise") add(traffic, GroupKind::kTensor, Traffic::all_reduce(bytes, sizes.tensor));
+}
+
 }  // namespace
 
 StepTraffic step_traffic(const PlannedStage& stage, const PlanRequest& request, const Topology& topology,
@@ -105,6 +114,7 @@ StepTraffic step_traffic(const PlannedStage& stage, const PlanRequest& request, 
     add(traffic, GroupKind::kData, Traffic::all_reduce(8 * stage.summed_loads, sizes.data));
   }
   add_buckets(traffic, stage, request.config, micro_batches);
+  add_magnitudes(traffic, stage.buffers, request.config, sizes, sizes.data * sizes.context);
   // Agreement on the batch (an int64 a check, three counts) and the step's loss and norm (two doubles).
   const auto world = topology.world_size();
   add(traffic, GroupKind::kContext, Traffic::all_reduce(2 * 8, sizes.context));

@@ -13,7 +13,7 @@ struct ChunkMemory {
   int64_t saved = 0, temporary = 0, deferred = 0;
   int64_t offloaded = 0;        ///< in host memory meanwhile; not in `saved` unless that is the host's memory too
   int64_t split_temporary = 0;  ///< `temporary` when the weights' gradients are put aside
-  int64_t matrices = 0;         ///< those gradients, once they are made
+  int64_t matrices = 0;         ///< those gradients, once they are made, where they are
 };
 
 /// `number`: of the chunk on its stage. `gpu`: host memory is another than the one that is counted.
@@ -43,7 +43,9 @@ ChunkMemory memory_of(const PlannedChunk& chunk, int number, const PlannedBuffer
     alive -= footprint.saved - back;
   }
   for (const auto& parameter : chunk.parameters) {
-    if (parameter.trainable && parameter.tensor.dim() > 1 && !parameter.traits.vocabulary)
+    // Where there are main gradients those of layers that are not experts go straight there.
+    const bool made = buffers.sharding >= Sharding::kGradients || parameter.traits.expert;
+    if (made && parameter.trainable && parameter.tensor.dim() > 1 && !parameter.traits.vocabulary)
       result.matrices += static_cast<int64_t>(parameter.tensor.nbytes());
   }
   return result;

@@ -6,9 +6,8 @@
 #include <algorithm>
 
 #include "mcore_bridge/bridge.h"
-#include "models/fp8.h"
 #include "parallel/parallel_state.h"
-#include "train/sharded_optimizer.h"
+#include "train/shard_quantizer.h"
 
 namespace mcore_bridge {
 
@@ -55,13 +54,13 @@ PlannedStage plan_stage(const PlanRequest& request, const Topology& topology, in
       if (layer.fp8()) beside += layer.fp8()->weight_bytes(layer.weight().numel());
       if (request.gpu_kernels) beside += layer.room() * layer.weight().size(0) * shape.element;
     }
-    check_fp8_param(chunk, buffer_options(request.optimizer).sharding == Sharding::kParameters);
     auto parameters = managed_parameters(chunk);
     for (auto& parameter : parameters) parameter.chunk = vp_stage;
     all.insert(all.end(), parameters.begin(), parameters.end());
     for (const auto* router : chunk[0]->routers()) result.summed_loads += router->summed_loads();
     result.chunks.push_back({chunk[0]->place(), std::move(parameters), chunk[0]->segments(shape)});
   }
+  check_fp8_param(all, request.optimizer);
   result.buffers = plan_buffers(all, *parallel, request.optimizer);
   // The output matrix's gradient is made in forward, in fp32: in its main gradient, or beside it when that is less
   // precise; where there is none because gradients are sharded, it waits for backward.

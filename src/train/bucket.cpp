@@ -40,6 +40,11 @@ void take_memory(const at::Tensor& tensor) {
             "`with mcore_bridge.materialised(models):` (C++: MaterialisedParameters)");
 }
 
+/// Whatever collectives make of FP8, they move bytes.
+at::Tensor movable(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kFloat8_e4m3fn ? tensor.view(at::kByte) : tensor;
+}
+
 }  // namespace
 
 Bucket::Bucket(const BucketLayout& layout, const std::vector<const ManagedParameter*>& items, Group group,
@@ -156,7 +161,7 @@ void Bucket::start_gather() {
     if (group_.size() == 1) params_.copy_(param_shard_);
   }
   in_place_ = true;
-  gathering_ = group_.start_all_gather(params_, param_shard_);
+  gathering_ = group_.start_all_gather(movable(params_), movable(param_shard_));
 }
 
 void Bucket::finish_gather() {

@@ -14,6 +14,8 @@
 
 namespace mcore_bridge {
 
+class ParallelLinear;
+
 /// What the ranks that hold the same parameters share out among themselves; each level includes those before it.
 enum class Sharding {
   kNone,        ///< nothing: gradients are all-reduced
@@ -30,6 +32,7 @@ struct ManagedParameter {
   at::Tensor tensor;
   ParameterTraits traits;
   bool trainable = true;
+  ParallelLinear* in_fp8 = nullptr;  ///< whose weight it is, when it is FP8 codes (fp8_param)
 };
 
 class Bucket {

@@ -74,26 +74,32 @@ struct CheckpointWriter::State {
     const auto& chunks = trainer.chunks();
     const Selection selection{.peft_format = options.peft_format, .adapter_name = options.adapter_name};
     std::vector<HfTensor> whole;
-    std::vector<PlannedSlice> slices;
+    std::vector<PlannedSlice> slices, masters;
     together(parallel().world, [&] {
       device = chunks.at(0)->device();
       parameters = planned_parameters(chunks, selection);
       whole = whole_checkpoint(chunks, selection);
-      if (options.optimizer) slices = plan_slices(chunks, parameters, trainer.optimizer().state());
+      auto state = trainer.optimizer().state();
+      if (options.optimizer) slices = plan_slices(chunks, parameters, state);
+      std::erase_if(state, [](const StateSlice& slice) { return !slice.of_codes || slice.kind != "master"; });
+      if (options.weights) masters = plan_slices(chunks, parameters, std::move(state));
     });
-    if (options.weights) plan_weights(whole);
+    if (options.weights) plan_weights(whole, masters);
     if (options.optimizer) plan_state(whole, slices);
   }
 
-  void plan_weights(const std::vector<HfTensor>& whole) {
+  /// `masters`: of the weights that train as FP8 codes, whose values they are.
+  void plan_weights(const std::vector<HfTensor>& whole, const std::vector<PlannedSlice>& masters) {
     const auto dtype = trainer.chunks().at(0)->config().params_dtype;
     std::vector<c10::ScalarType> dtypes;
     for (const auto& tensor : whole) dtypes.push_back(plain_dtype(tensor, dtype));
     auto& set = sets.emplace_back("", options.peft_format ? "adapter_model" : "model", stored_as(whole, dtypes),
                                   options.max_shard_bytes);
+    add_slices(masters, [&](const PlannedSlice&) -> TensorFiles& { return set; });
     // Replicas hold the same: they take turns.
     int turn = 0;
     for (const auto& parameter : parameters) {
+      if (parameter.in_fp8 && parameter.in_fp8->wide().masters()) continue;  // added just now, here or elsewhere
       const auto& replicas = replicas_of(parameter.plan, parallel());
       const auto flat = (parameter.in_fp8 ? parameter.value() : parameter.tensor.detach()).view({-1});
       for (const auto& region : parameter.plan.regions) {
@@ -118,7 +124,6 @@ struct CheckpointWriter::State {
         dtypes.at(kind, places.at(tensor.name)) = 1 + static_cast<int64_t>(planned.slice.values.scalar_type());
     }
     dtypes.agree(parallel().world);
-    const auto replicated = held_by_all(slices);
     std::array<int, kStateKinds.size()> at{};
     for (size_t kind = 0; kind < kStateKinds.size(); ++kind) {
       std::vector<c10::ScalarType> columns;
@@ -131,12 +136,21 @@ struct CheckpointWriter::State {
       at[kind] = any ? static_cast<int>(sets.size()) : -1;
       if (any) sets.emplace_back(kStateFolder, kStateKinds[kind], stored_as(whole, columns), options.max_shard_bytes);
     }
+    add_slices(slices, [&](const PlannedSlice& planned) -> TensorFiles& {
+      return sets.at(static_cast<size_t>(at[kind_index(planned.slice.kind)]));
+    });
+  }
+
+  /// What this rank writes of the slices, into the set that `set_of` names. Collective.
+  template <class SetOf>
+  void add_slices(const std::vector<PlannedSlice>& slices, SetOf set_of) {
+    const auto replicated = held_by_all(slices);
     int turn = 0;
     for (size_t i = 0; i < slices.size(); ++i) {
       const auto& planned = slices[i];
       const auto& replicas = replicas_of(planned.parameter->plan, parallel());
       if (replicated[i] && turn++ % replicas.size() != replicas.rank()) continue;
-      auto& set = sets.at(static_cast<size_t>(at[kind_index(planned.slice.kind)]));
+      auto& set = set_of(planned);
       for (const auto& region : planned.regions) {
         if (!region.owner) continue;
         const auto& tensor = planned.tensor(region);

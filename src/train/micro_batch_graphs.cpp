@@ -48,9 +48,10 @@ void check_recordable(const GPTModel& model) {
       const auto& name = parameter.name;
       const bool weight = name.starts_with("decoder.layers.") && name.ends_with(".weight") &&
                           name.find("linear_") != std::string::npos && name.find(".lora_") == std::string::npos;
-      MCB_CHECK(!weight || !parameter.tensor.requires_grad(), "cuda_graph_impl: with fp8, '", name,
-                "' is quantised once a step on the host's order, which cannot be recorded; train an adapter, or use "
-                "cuda_graph_impl none");
+      const bool codes = parameter.tensor.scalar_type() == at::kFloat8_e4m3fn;  // rewritten where they lie
+      MCB_CHECK(!weight || codes || !parameter.tensor.requires_grad(), "cuda_graph_impl: with fp8, '", name,
+                "' is quantised once a step on the host's order, which cannot be recorded; keep the weights in FP8 "
+                "(fp8_param), train an adapter, or use cuda_graph_impl none");
     }
   }
   MCB_CHECK(model.device().is_cuda(), "cuda_graph_impl: 'local' needs a GPU, the model is on ", model.device());

@@ -18,10 +18,16 @@ namespace mcore_bridge {
 std::vector<ManagedParameter> managed_parameters(const Chunks& chunks) {
   std::vector<ManagedParameter> result;
   for (size_t chunk = 0; chunk < chunks.size(); ++chunk) {
+    std::map<const at::TensorImpl*, ParallelLinear*> in_fp8;
+    for (const auto& [name, layer] : chunks[chunk]->linears()) {
+      if (layer->weight_in_fp8()) in_fp8[layer->weight().unsafeGetTensorImpl()] = layer;
+    }
     for (auto& parameter : chunks[chunk]->named_parameters()) {
       if (parameter.traits.buffer) continue;
+      const auto codes = in_fp8.find(parameter.tensor.unsafeGetTensorImpl());
       result.push_back({parameter.name, static_cast<int>(chunk), chunks[chunk]->unit_of(parameter.name),
-                        parameter.tensor, parameter.traits, parameter.tensor.requires_grad()});
+                        parameter.tensor, parameter.traits, parameter.tensor.requires_grad(),
+                        codes == in_fp8.end() ? nullptr : codes->second});
     }
   }
   return result;

@@ -86,7 +86,7 @@ ShardedOptimizer::ShardedOptimizer(std::shared_ptr<ParameterBuffers> buffers, Pa
               "muon_tp_mode: ", options.muon_tp_mode, " of ", parameter.name,
               ", whose key and value heads several tensor ranks hold, needs muon_split_qkv");
   }
-  if (is_muon(options)) rule_ = make_muon(options, std::move(parallel));
+  if (is_muon(options)) rule_ = make_muon(options, parallel);
   for (const auto& [pattern, factor] : options.lr_mult) {
     const auto& all = buffers_->parameters();
     const std::regex regex(pattern);
@@ -107,6 +107,14 @@ ShardedOptimizer::ShardedOptimizer(std::shared_ptr<ParameterBuffers> buffers, Pa
   if (!device_.empty()) steps_ = at::zeros({}, device_[0]->parameter.options().dtype(at::kFloat));
   host_steps_ = at::zeros({}, at::kFloat);
   for (const auto& parameter : buffers_->parameters()) versions_.push_back(parameter.tensor._version());
+  const auto& all = buffers_->parameters();
+  if (std::any_of(all.begin(), all.end(), [](const auto& p) { return p.trainable && p.in_fp8; })) {
+    quantizer_ = std::make_shared<ShardQuantizer>(all, segments_, *parallel,
+                                                  buffers_->options().sharding != Sharding::kNone);
+    for (const auto& parameter : all)
+      if (parameter.in_fp8) parameter.in_fp8->wide().set_masters(quantizer_);
+  }
+  masters_began();
 }
 
 void ShardedOptimizer::make_segments(const Bucket& bucket) {
@@ -142,7 +150,7 @@ void ShardedOptimizer::add_segment(Segment segment, const UpdateRule* rule) {
     segment.remainder = zeros(elements, at::kShort, device, /*host=*/false);
   } else if (segment.on_host || copies) {
     segment.master = zeros(elements, copies ? at::kFloat : dtype, device, segment.on_host);
-    segment.master.copy_(segment.parameter);
+    for (const auto& piece : segment.pieces) take_values(segment, piece);
   } else {
     segment.master = segment.parameter;
   }
@@ -155,6 +163,32 @@ void ShardedOptimizer::add_segment(Segment segment, const UpdateRule* rule) {
                            [&](const Task& t) { return t.rule == rule && t.segments[0]->on_host == made->on_host; });
   if (task == tasks_.end()) task = tasks_.insert(tasks_.end(), Task{rule, {}});
   task->segments.push_back(made);
+}
+
+void ShardedOptimizer::take_values(const Segment& segment, const Segment::Piece& piece) {
+  const auto length = piece.end - piece.begin;
+  if (segment.remainder.defined()) {  // the parameter itself is all there is
+    segment.remainder.narrow(0, piece.offset, length).zero_();
+    return;
+  }
+  auto master = segment.master.narrow(0, piece.offset, length);
+  auto* layer = piece.parameter->in_fp8;
+  if (!layer) {
+    master.copy_(segment.parameter.narrow(0, piece.offset, length));
+    return;
+  }
+  master.copy_(layer->weight_values().view({-1}).narrow(0, piece.begin, length));
+  if (!layer->wide().known(piece.parameter->tensor)) imprecise_.push_back(piece.parameter->name);
+}
+
+void ShardedOptimizer::masters_began() {
+  for (const auto& parameter : buffers_->parameters())
+    if (parameter.in_fp8) parameter.in_fp8->wide().forget();
+  if (imprecise_.empty()) return;
+  TORCH_WARN("Trainer: ", imprecise_.size(), " weights kept in FP8 (", imprecise_[0],
+             ", ...) were last written as codes alone, or while they were frozen: their fp32 masters begin with what the "
+             "codes stand for. load_weights with requires_grad=True gives them the checkpoint's values");
+  imprecise_.clear();
 }
 
 int64_t ShardedOptimizer::bytes(const std::vector<Segment*>& segments) {
@@ -175,17 +209,11 @@ void ShardedOptimizer::take_over() {
     versions_[i] = version;
     for (auto& segment : segments_) {
       if (!segment->has_copy()) continue;
-      for (const auto& piece : segment->pieces) {
-        if (piece.parameter != &parameters[i]) continue;
-        const auto length = piece.end - piece.begin;
-        if (segment->remainder.defined()) {
-          segment->remainder.narrow(0, piece.offset, length).zero_();
-        } else {
-          segment->master.narrow(0, piece.offset, length).copy_(segment->parameter.narrow(0, piece.offset, length));
-        }
-      }
+      for (const auto& piece : segment->pieces)
+        if (piece.parameter == &parameters[i]) take_values(*segment, piece);
     }
   }
+  masters_began();
 }
 
 void ShardedOptimizer::step(double lr, double weight_decay, const at::Tensor& grad_scale, const at::Tensor& skip) {
@@ -220,7 +248,7 @@ void ShardedOptimizer::finish_on_host(double grad_scale, bool skip) {
 void ShardedOptimizer::write_back(const std::vector<Segment*>& segments) {
   std::vector<at::Tensor> parameters, masters;
   for (const auto* segment : segments) {
-    if (!segment->has_copy() || segment->remainder.defined()) continue;
+    if (!segment->has_copy() || segment->is_codes() || segment->remainder.defined()) continue;
     if (segment->on_host) {
       segment->parameter.copy_(segment->master, /*non_blocking=*/true);
       continue;
@@ -231,13 +259,17 @@ void ShardedOptimizer::write_back(const std::vector<Segment*>& segments) {
   if (!parameters.empty()) at::_foreach_copy_(parameters, masters);
 }
 
+void ShardedOptimizer::quantize() {
+  if (quantizer_) quantizer_->run();
+}
+
 std::vector<StateSlice> ShardedOptimizer::state() {
   std::vector<StateSlice> result;
   for (const auto& segment : segments_) {
     for (const auto& piece : segment->pieces) {
       auto add = [&](const std::string& kind, const at::Tensor& values) {
         result.push_back({piece.parameter->name, piece.parameter->chunk, kind, piece.begin, piece.end,
-                          values.narrow(0, piece.offset, piece.end - piece.begin)});
+                          segment->is_codes(), values.narrow(0, piece.offset, piece.end - piece.begin)});
       };
       if (segment->remainder.defined()) {
         add("remainder", segment->remainder);
@@ -265,6 +297,7 @@ void ShardedOptimizer::state_loaded() {
   }
   write_back(device_);
   write_back(host_);
+  quantize();
   buffers_->gather_parameters();
   for (size_t i = 0; i < versions_.size(); ++i) versions_[i] = buffers_->parameters()[i].tensor._version();
 }

@@ -9,6 +9,7 @@
 #include "train/loss_scaler.h"
 #include "train/optimizer_state.h"
 #include "train/parameter_buffers.h"
+#include "train/shard_quantizer.h"
 #include "train/update_rule.h"
 
 namespace mcore_bridge {
@@ -26,6 +27,8 @@ class ShardedOptimizer : public Optimizer {
   void take_over();
   /// Updates what lives on the device; the host need not know `grad_scale` and `skip` (fp32 scalars there).
   void step(double lr, double weight_decay, const at::Tensor& grad_scale, const at::Tensor& skip);
+  /// After the updates: weights kept as FP8 codes follow their masters. Collective.
+  void quantize();
   /// Whether finish_on_host has anything to do.
   bool offloads() const { return !host_.empty(); }
   /// After step(), once the host knows the scalars: updates what is kept in host memory.
@@ -43,7 +46,7 @@ class ShardedOptimizer : public Optimizer {
   int64_t skipped = 0;  ///< steps skipped so far
 
   /// Bytes of masters and states, on the device and in host memory.
-  int64_t device_bytes() const { return bytes(device_); }
+  int64_t device_bytes() const { return bytes(device_) + (quantizer_ ? quantizer_->bytes() : 0); }
   int64_t host_bytes() const { return bytes(host_); }
 
  private:
@@ -53,6 +56,9 @@ class ShardedOptimizer : public Optimizer {
   };
   void make_segments(const Bucket& bucket);
   void add_segment(Segment segment, const UpdateRule* rule);
+  /// Masters begin with their parameters' values.
+  void masters_began();
+  void take_values(const Segment& segment, const Segment::Piece& piece);
   void write_back(const std::vector<Segment*>& segments);
   static int64_t bytes(const std::vector<Segment*>& segments);
 
@@ -62,6 +68,8 @@ class ShardedOptimizer : public Optimizer {
   std::unique_ptr<UpdateRule> rule_, scalar_rule_;  ///< matrices, the rest (null: the same)
   std::vector<std::unique_ptr<Segment>> segments_;
   std::vector<Segment*> device_, host_;
+  std::shared_ptr<ShardQuantizer> quantizer_;  ///< null without weights that train as FP8 codes
+  std::vector<std::string> imprecise_;         ///< of those, whose masters begin with what codes stand for
   std::vector<Task> tasks_;           ///< one per rule and place
   int64_t to_offload_ = 0;            ///< elements still to be put into host memory
   at::Tensor steps_, host_steps_;     ///< updates done, fp32 scalars

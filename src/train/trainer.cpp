@@ -11,6 +11,7 @@
 #include "mcore_bridge/error.h"
 #include "models/context_share.h"
 #include "models/fp8.h"
+#include "models/gathered_masters.h"
 #include "models/gpt_model.h"
 #include "parallel/together.h"
 #include "train/complete_gradients.h"
@@ -126,6 +127,11 @@ std::vector<ForwardInput> shares(const std::vector<ForwardInput>& batches, const
   return result;
 }
 
+bool finite(const at::Tensor& values) {
+  const bool codes = values.scalar_type() == at::kFloat8_e4m3fn;  // which have no such operation
+  return (codes ? values.to(at::kFloat) : values).isfinite().all().item<bool>();
+}
+
 /// What gradients are divided by: the loss scale times max(1, norm / clip). A step that is skipped must not meet NaN on
 /// the way.
 at::Tensor grad_scale(const at::Tensor& scaled_norm, double loss_scale, double clip) {
@@ -149,7 +155,9 @@ struct Trainer::State {
         options(std::move(opts)),
         buffers(make_buffers()),
         optimizer(buffers, model().parallel_ptr(), options, model().config().fp16),
-        executor(chunks, options) {}
+        executor(chunks, options) {
+    forget_wide_weights(chunks);
+  }
   ~State() { buffers->disconnect(); }
   State(const State&) = delete;
   State& operator=(const State&) = delete;
@@ -225,11 +233,12 @@ Trainer::Trainer(Chunks chunks, OptimizerOptions options) {
   MCB_CHECK(static_cast<int64_t>(chunks.size()) == needed, "Trainer: needs all ", needed,
             " model chunks of this rank (one per virtual pipeline stage, as get_mcore_model returns them), found ",
             chunks.size());
-  check_fp8_param(chunks, buffer_options(options).sharding == Sharding::kParameters);
+  check_fp8_param(managed_parameters(chunks), options);
   // Fully sharded weights lie in buckets, which leave no room; a CPU gains nothing.
   if (buffer_options(options).sharding != Sharding::kParameters && chunks[0]->device().is_cuda()) {
     for (auto& chunk : chunks) chunk->make_room_for_adapters();
   }
+  const GatheredMasters earlier(chunks);  // those of a trainer before this one
   state_ = std::make_unique<State>(std::move(chunks), std::move(options));
 }
 
@@ -299,10 +308,14 @@ StepResult Trainer::train_step(const std::vector<ForwardInput>& micro_batches, d
   if (std::isfinite(limit)) bad = bad.logical_or(totals[0] > limit);
   const auto skip = bad.to(at::kFloat);
   const auto scale = grad_scale(totals[1].sqrt(), loss_scale, s.options.clip_grad);
+  auto publish = [&] {
+    note_weights_written(/*frozen=*/false);
+    s.optimizer.quantize();
+    update_fp8_scales(s.chunks);
+    s.buffers->gather_parameters();
+  };
   s.optimizer.step(result.lr, result.weight_decay, scale, skip);
-  note_weights_written(/*frozen=*/false);
-  update_fp8_scales(s.chunks);
-  if (!s.optimizer.offloads()) s.buffers->gather_parameters();
+  if (!s.optimizer.offloads()) publish();
 
   const auto host =
       at::stack({totals[0], totals[1], scale.to(at::kDouble)}).to(at::kCPU);  // the one wait for the device
@@ -311,7 +324,7 @@ StepResult Trainer::train_step(const std::vector<ForwardInput>& micro_batches, d
   result.spike = host[0].item<double>() > limit;
   s.judge(result);
   s.optimizer.finish_on_host(host[2].item<double>(), result.skipped);
-  if (s.optimizer.offloads()) s.buffers->gather_parameters();
+  if (s.optimizer.offloads()) publish();
   update_expert_biases(s.routers(), s.model().parallel(), result.skipped);
   s.optimizer.scaler().update(!result.skipped || result.spike);
   s.optimizer.skipped += result.skipped;
@@ -328,11 +341,11 @@ std::vector<std::string> Trainer::diagnose(const std::vector<ForwardInput>& micr
   // Of a parameter that is shared out each rank looks at its part.
   std::set<std::string> parameters, gradients;
   auto look = [](const Bucket& bucket, const at::Tensor& shard, std::set<std::string>& bad) {
-    if (!shard.defined() || shard.isfinite().all().item<bool>()) return;
+    if (!shard.defined() || finite(shard)) return;
     for (const auto& entry : bucket.entries()) {
       const auto first = std::max(entry.offset, bucket.begin());
       const auto last = std::min(entry.offset + entry.elements(), bucket.end());
-      if (first < last && !shard.narrow(0, first - bucket.begin(), last - first).isfinite().all().item<bool>())
+      if (first < last && !finite(shard.narrow(0, first - bucket.begin(), last - first)))
         bad.insert(entry.parameter->name);
     }
   };

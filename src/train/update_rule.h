@@ -35,6 +35,8 @@ struct Segment {
 
   const at::Tensor& gradient() const { return on_host ? host_grad : grad; }
   bool has_copy() const { return remainder.defined() || !master.is_same(parameter); }
+  /// Whether the parameter is FP8 codes, which are made by train/shard_quantizer.h.
+  bool is_codes() const { return parameter.scalar_type() == at::kFloat8_e4m3fn; }
 };
 
 /// Scalars of one update. Tensors are fp32 scalars on the segments' device, so that the host need not know them.

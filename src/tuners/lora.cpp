@@ -66,6 +66,9 @@ void add_lora(const Chunks& chunks, const LoraOptions& options, const std::strin
       if (!adapter && (first_adapter || saved)) parameter.tensor.set_requires_grad(saved);
       parameters[parameter.name] = parameter.tensor;
     }
+    for (const auto& [name, layer] : chunk->linears()) {
+      if (layer->weight_in_fp8() && !layer->weight().requires_grad()) layer->wide().forget();
+    }
     const auto ranks = chunk->parallel().split_ranks();
     for (const auto& rule : adapter_rules(rules, options, adapter_name)) {
       if (rule.init != WeightRule::Init::kKaimingUniform || chunk->device().is_meta()) continue;

@@ -39,6 +39,52 @@ def param_case(name, recipe, layout=()):
     return made
 
 
+TRAINED = {  # layout, further fields, Trainer options
+    "dp2": ({}, {}, {}),
+    "dp2_overlap": ({}, {}, dict(overlap_grad_reduce=True, overlap_param_gather=True, ddp_bucket_size=200_000)),
+    "dp2_no_shard": ({}, {}, dict(data_parallel_sharding_strategy="no_shard")),
+    "dp2_muon": ({}, {}, dict(optimizer="muon")),
+    "dp2_offload": ({}, {}, dict(optimizer_cpu_offload=True, optimizer_offload_fraction=0.61)),
+    "tp2": (dict(tp=2), {}, {}),
+    "tp2_sp": (dict(tp=2, sp=True), {}, {}),
+    "pp2": (dict(pp=2), {}, {}),
+    "pp2_zb": (dict(pp=2), dict(pipeline_schedule="zb-h1"), {}),
+    "cp2": (dict(cp=2), {}, {}),
+}
+
+
+def trained_case(recipe, layout, param):
+    """Training in full, in bf16: over weights kept as FP8 codes or not."""
+    parts, fields, options = TRAINED[layout]
+    made = case(f"trained-{'param' if param else 'wide'}-{recipe}-{layout}", recipe, parts)
+    fields = {**made["fields"], **fields, "params_dtype": "bfloat16", "fp8_param": param}
+    return {**made, "fields": fields, "options": {**made["options"], "lr": 1e-3, "clip_grad": 0.0, **options}, "steps": 4}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    work = tmp_path_factory.mktemp("fp8_trained")
+    tiny.save("qwen3_tied", work / "model", **SHAPE)
+    todo = [
+        trained_case(recipe, layout, param)
+        for recipe in ("tensorwise", "blockwise")
+        for layout in TRAINED
+        for param in (False, True)
+    ]
+    return run_cases(work / "model", todo, 2, work)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+@pytest.mark.parametrize("layout", TRAINED)
+def test_trained_codes_alone_are_trained_wide_weights(trained, recipe, layout):
+    """Scales from shards on every rank, codes gathered as bytes: bit for bit the run that quantises whole bf16 weights."""
+    wide, param = (trained[f"trained-{kind}-{recipe}-{layout}"] for kind in ("wide", "param"))
+    assert param["losses"] == wide["losses"] and param["losses"][-1] < param["losses"][0]
+    assert param["norms"] == pytest.approx(wide["norms"], rel=1e-6)  # shards of buckets of one dtype are other pieces of the sum
+    assert param["evaluated"] == wide["evaluated"] and param["alike"] and torch.equal(param["logits"], wide["logits"])
+    assert all(torch.equal(param["weights"][name], wide["weights"][name]) for name in wide["weights"])
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     work = tmp_path_factory.mktemp("fp8")

@@ -13,7 +13,7 @@ from plan_memory import CASES, counted  # noqa: E402
 
 FAST = [
     *["full_bf16", "full_bf16_remainders", "full_recompute", "lora"],
-    *["tp2_lora", "tp2_sp_lora", "cp2", "cp2_gather", "cp2_a2a_packed", "pp2_tied", "pp2_vpp2", "pp2_zb", "dp2"],
+    *["tp2_lora", "tp2_sp_lora", "cp2", "cp2_gather", "cp2_a2a_packed", "pp2_tied", "pp2_vpp2", "pp2_zb", "dp2", "dp2_fp8_param"],
     *["tp2_pp2"],
     *["moe_bf16", "moe_long", "moe_ep2_balanced", "moe_ep2_allgather", "moe_ep2_tp2_sp_lora"],
     *["moe_ep2_etp2_tp2_sp", "moe_ep2_pp2", "moe_fp32_router", "moe_fp32_router_tp2_sp"],

@@ -66,11 +66,17 @@ def close(left, right, tolerance=1e-5):
         assert tiny.relative(left[name].float(), right[name].float()) < tolerance, name
 
 
+TENSORWISE = ["--fp8_format", "hybrid", "--fp8_recipe", "tensorwise", "--fp8_param_gather", "true"]
 VARIANTS = {
     "full-bf16": ("bfloat16", []),
     "remainders": ("bfloat16", ["--store_param_remainders", "true"]),
     "fp8": ("bfloat16", ["--fp8_format", "hybrid", "--fp8_amax_history_len", 3]),
     "fp8-param": ("bfloat16", ["--fp8_format", "hybrid", "--fp8_param_gather", "true", "--tuner_type", "lora", "--lora_rank", 4]),
+    "fp8-trained": ("bfloat16", ["--fp8_format", "hybrid", "--fp8_param_gather", "true", "--fp8_amax_history_len", 3]),
+    "fp8-trained-dp2": (
+        "bfloat16",
+        [*TENSORWISE, "--tensor_model_parallel_size", 1, "--sequence_parallel", "false", "--optimizer", "muon"],
+    ),
     "lora": (
         "float32",
         [
@@ -116,16 +122,17 @@ def test_same_layout_bit_for_bit(work):
             assert texts[0][key] == texts[1][key], key
         generators = [json.loads((folder / "training_state/rng.json").read_text()) for folder in (whole, resumed)]
         assert [one["torch"] for one in generators[0].values()] == [one["torch"] for one in generators[1].values()]
-        if name == "fp8":  # what the next step's scales come from
+        if name in ("fp8", "fp8-trained"):  # what the next step's scales come from
             histories = [json.loads((folder / "training_state/fp8.json").read_text()) for folder in (whole, resumed)]
             assert histories[0] == histories[1] and len(histories[0]) == 8  # four linear layers a layer
         assert "training waited" in results[f"{name}-second"]["said"]
         records = [json.loads(line) for line in (work / f"{name}-parts/logging.jsonl").read_text().splitlines()]
         assert [record["iteration"] for record in records if "loss" in record] == [1, 2, 3, 4, 5, 6]
     # bf16 weights: the masters are theirs, rounded.
-    saved = work / "full-bf16-whole/checkpoint-6"
-    masters = {key.split("/")[1]: value for key, value in state(saved).items() if key.startswith("master/")}
-    same_bits(tiny.stored(saved), {name: tensor.bfloat16() for name, tensor in masters.items()})
+    for name in ("fp8-trained", "fp8-trained-dp2", "full-bf16"):
+        saved = work / f"{name}-whole/checkpoint-6"
+        masters = {key.split("/")[1]: value for key, value in state(saved).items() if key.startswith("master/")}
+        same_bits(tiny.stored(saved), {name: tensor.bfloat16() for name, tensor in masters.items()})
     assert {key.split("/")[0] for key in state(saved)} == {"master", "exp_avg", "exp_avg_sq"}
     assert not any(path.name.startswith(".") for path in (work / "full-bf16-parts").iterdir())
     text = json.loads((saved / "training_state/state.json").read_text())
@@ -145,6 +152,24 @@ LAYOUTS = {
     "cp2": (2, ["--context_parallel_size", 2]),  # pads documents, but what was packed together stays together
 }
 SOURCES = {"one": "tp2", "dp2": "pp2", "tp2": "dp2", "pp2": "one", "cp2": "one"}
+
+
+def test_trained_fp8_weights_on_any_layout(work):
+    """Masters and weights that another layout loads, and saves after a step that moves nothing, are those that were saved."""
+    first = argv(work, "fp8-from", "--tensor_model_parallel_size", 2, *TENSORWISE, dtype="bfloat16", steps=3)
+    jobs(work, "fp8-from", 2, dict(name="fp8-from", argv=first))
+    source = work / "fp8-from/checkpoint-3"
+    resume = [*TENSORWISE, "--resume_from_checkpoint", source, "--lr", 0]
+    for name, (processes, layout) in LAYOUTS.items():
+        if name == "tp2":
+            continue
+        command = argv(work, f"fp8-to-{name}", *layout, *resume, dtype="bfloat16", steps=4)
+        results = jobs(work, f"fp8-to-{name}", processes, dict(name=name, argv=command))
+        assert results[name]["start"] == 3 and len(results[name]["steps"]) == 1
+        end = work / f"fp8-to-{name}/checkpoint-4"
+        same_bits(tiny.stored(end), tiny.stored(source))
+        masters = ({key: value for key, value in state(folder).items() if key.startswith("master/")} for folder in (source, end))
+        same_bits(*masters)
 
 
 def by_processes(work, name, todo):

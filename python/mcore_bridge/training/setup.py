@@ -35,6 +35,10 @@ def build_models(arguments, config, folder, checkpoint):
     mb.set_random_seed(arguments.seed)
     models = mb.get_mcore_model(config)
     lora = arguments.tuner_type == "lora"
+    if lora and not (arguments.trainable_parameters or arguments.trainable_parameters_regex or arguments.modules_to_save):
+        # As add_lora does later: with fp8_param no values are kept for masters that will never be.
+        for model in models:
+            model.requires_grad_(False)
     if checkpoint and not lora:
         config.bridge.load_weights(models, checkpoint)
     elif arguments.perform_initialization:

@@ -38,6 +38,37 @@ struct Fp8Turn {
 };
 void fp8_turn(const Fp8Turn& p, Stream stream);
 
+/// Parts of flattened weights in fp32 that become e4m3 codes: shards of the optimizer's masters cut weights anywhere.
+struct Fp8Parts {
+  static constexpr int kMaxParts = 48;
+  int count;
+  const float* values[kMaxParts];  ///< of element `begin`
+  uint8_t* codes[kMaxParts];
+  int64_t begin[kMaxParts], end[kMaxParts];  ///< in the flattened weight
+  int64_t columns[kMaxParts];                ///< of the weight
+  int64_t first[kMaxParts];                  ///< of the weight's magnitudes in `amax`
+  int64_t stride[kMaxParts];                 ///< of rows of blocks there; 0: one magnitude for all
+  int first_block[kMaxParts + 1];
+  float* amax;
+};
+constexpr int64_t kFp8PartsBlock = 16384;  ///< elements a block looks at
+constexpr int64_t kFp8PartsWindow = 128;   ///< a block begins at a multiple of this many elements of the weight
+/// Raises the magnitudes to those of the values as `rounding` has them.
+void fp8_parts_amax(const Fp8Parts& p, Type rounding, Stream stream);
+/// Codes of the same values, scaled for the magnitudes.
+void fp8_parts_quantize(const Fp8Parts& p, Type rounding, Stream stream);
+
+/// What codes count, from the magnitudes they were scaled for.
+struct Fp8Scales {
+  static constexpr int kMaxWeights = 128;
+  int count;
+  float* scale[kMaxWeights];
+  int64_t first[kMaxWeights];  ///< in `amax`
+  int numbers[kMaxWeights];
+  const float* amax;
+};
+void fp8_scales(const Fp8Scales& p, Stream stream);
+
 /// to [m, n] (+)= a [m, k] b [n, k]^T, accumulated in fp32.
 struct Fp8Matmul {
   int64_t m, n, k;

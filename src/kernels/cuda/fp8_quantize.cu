@@ -3,46 +3,17 @@
 //
 // Bytes an element (bf16): 2 in, 1 out for each orientation. With scales from before (delayed) that is all; else
 // fp8_amax reads 2 more.
-#include <cuda_fp8.h>
+#include "fp8.h"
 
 #include <algorithm>
 
-#include "fp8.h"
+#include "fp8.cuh"
 #include "vector.cuh"
 
 namespace mcore_bridge::cuda {
 namespace {
 
 constexpr int kTile = 128, kPatch = 8, kSide = kTile / kPatch, kThreads = kSide * kSide, kWarps = kThreads / 32;
-
-/// 448 / amax and its inverse, as the checkpoints' format has them (bridge/formats/fp8.h).
-__device__ __forceinline__ float factor_of(float amax, float largest) {
-  const float factor = amax > 0.f ? __fdiv_rn(largest, amax) : 1.f;
-  return isfinite(factor) ? factor : 0.f;
-}
-__device__ __forceinline__ float scale_of(float factor) { return factor > 0.f ? __fdiv_rn(1.f, factor) : 1.f; }
-
-/// `amax` is not negative: its bits order as integers do.
-__device__ __forceinline__ void raise(float* amax, float value) {
-  atomicMax(reinterpret_cast<int*>(amax), __float_as_int(value));
-}
-
-__device__ __forceinline__ float warp_max(float value) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset));
-  return value;
-}
-
-/// Largest over the block, known to all threads. `scratch`: kWarps floats.
-__device__ __forceinline__ float block_max(float value, float* scratch) {
-  value = warp_max(value);
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
-  __syncthreads();
-  float result = scratch[0];
-#pragma unroll
-  for (int i = 1; i < kWarps; ++i) result = fmaxf(result, scratch[i]);
-  return result;
-}
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) amax_kernel(const T* x, int64_t packs, float* amax) {
@@ -66,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) amax_kernel(const T* x, int64_t pack
 #pragma unroll
     for (int j = 0; j < N; ++j) largest = fmaxf(largest, fabsf(values[j]));
   }
-  largest = block_max(largest, scratch);
+  largest = block_max<kWarps>(largest, scratch);
   if (threadIdx.x == 0) raise(amax, largest);
 }
 
@@ -87,11 +58,6 @@ struct Eight {
   }
   __device__ float operator[](int j) const { return static_cast<float>(packs[j / N].values[j % N]); }
 };
-
-template <bool kE5M2>
-__device__ __forceinline__ uint32_t two(float a, float b) {
-  return __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, kE5M2 ? __NV_E5M2 : __NV_E4M3);
-}
 
 template <class T, Fp8Scaling kScaling, bool kE5M2>
 __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constant__ Fp8Quantize p) {
@@ -155,7 +121,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constan
       for (int i = 0; i < kPatch; ++i)
 #pragma unroll
         for (int j = 0; j < kPatch; ++j) largest = fmaxf(largest, fabsf(x[i][j]));
-      largest = block_max(largest, maxima[0]);
+      largest = block_max<kWarps>(largest, maxima[0]);
     }
     const float factor = factor_of(kScaling == Fp8Scaling::kBlocks ? largest : *p.reference, kLargest);
     if (threadIdx.x == 0) {

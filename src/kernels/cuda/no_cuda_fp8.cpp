@@ -10,6 +10,9 @@ namespace {
 void fp8_amax(const void*, int64_t, float*, Type, Stream) { missing(); }
 void fp8_quantize(const Fp8Quantize&, Type, Stream) { missing(); }
 void fp8_turn(const Fp8Turn&, Stream) { missing(); }
+void fp8_parts_amax(const Fp8Parts&, Type, Stream) { missing(); }
+void fp8_parts_quantize(const Fp8Parts&, Type, Stream) { missing(); }
+void fp8_scales(const Fp8Scales&, Stream) { missing(); }
 void fp8_matmul(const Fp8Matmul&, Type, Stream) { missing(); }
 int compute_capability() { missing(); }
 bool fp8_has_blocks() { return false; }
