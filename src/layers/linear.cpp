@@ -282,6 +282,8 @@ Footprint ParallelLinear::footprint(const ActivationShape& shape, bool gated) co
     result.backward_flops += flops * ((columns_grad ? 1 : 0) + (matrix_grad ? 1 : 0));
   };
   product(tokens, weight_, weight_grad, input_grad);
+  const bool leaves_out = gated && tp == 1 && !fp8_;
+  if (leaves_out) result.unread_flops = result.forward_flops;
   if (weight_grad) result.deferred = tokens * (in + out) * (fp8_ ? 1 : e);
   const auto whole = tokens * (column ? in : out) * e, shard = whole / tp;  // what crosses the group
   if (column && split) {
@@ -311,6 +313,7 @@ Footprint ParallelLinear::footprint(const ActivationShape& shape, bool gated) co
     const auto& [a, b, parts, r, scaling, dropout] = adapter;
     product(local, a, a.requires_grad(), input_grad);
     product(tokens, b, b.requires_grad(), a.requires_grad() || input_grad);
+    if (leaves_out) result.unread_flops += 2.0 * static_cast<double>(tokens) * static_cast<double>(b.numel());
     if (a.requires_grad()) result.deferred += (tokens * a.size(0) + (weight_grad ? 0 : tokens * in)) * e;
     saved += tokens * a.size(0) * e;                                                                  // A x
     if (parts.size() > 1 || split) saved += parts.size() == 1 ? b.numel() * e : out * a.size(0) * e;  // B as one matrix

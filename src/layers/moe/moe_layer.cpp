@@ -120,6 +120,7 @@ Footprint MoELayer::footprint(const ActivationShape& shape) const {
     inner.input_kept = shape.input_kept || router_.trains();
     const bool grad = result.output_grad;
     result += shared_->footprint(inner);
+    result.unread_flops = 0;  // the sum with the routed experts' reads it
     result.output_grad = result.output_grad || grad;
   }
   return result;
