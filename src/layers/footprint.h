@@ -57,16 +57,17 @@ struct Footprint {
   ExpertTraffic experts_forward, experts_backward;
   bool output_grad = true;  ///< the output requires gradients
 
-  /// One module after the other: everything adds up but the temporaries, which live one after the other.
+  /// One module after the other: everything adds up but the temporaries. Backward is through with `next`, and what that
+  /// kept is gone, when it comes to this.
   Footprint& operator+=(const Footprint& next) {
     saved += next.saved;
     offloaded += next.offloaded;
-    workspace = workspace > next.workspace ? workspace : next.workspace;
+    workspace = workspace - next.saved > next.workspace ? workspace - next.saved : next.workspace;
     deferred += next.deferred;
     forward_flops += next.forward_flops;
     recomputed_flops += next.recomputed_flops;
-    backward_flops += next.backward_flops;
     unread_flops = next.unread_flops;  // only the last output goes unread
+    backward_flops += next.backward_flops;
     tensor_forward += next.tensor_forward;
     tensor_backward += next.tensor_backward;
     context_forward += next.context_forward;

@@ -338,15 +338,16 @@ Footprint ParallelLinear::footprint(const ActivationShape& shape, bool gated) co
     result.offloaded = inputs;
   }
 
-  // Gradients of output and input, the input made again (gated: its gradient is twice as wide); on the CPU the steps of
-  // the activation's gradient and the fp32 copies from which the weight's is added up.
-  result.workspace = tokens * (out + (!gated ? 3 : shape.fused ? 4 : 6) * in) * e;
+  // Gradients of output and input, the input made again; on the CPU the fp32 copies from which the weight's is added up.
+  // Gated, when these are gone: the activation's gradient, twice as wide, and on the CPU its steps.
+  const auto copies = !shape.fused && e < 4 && weight_grad ? (out + in) * 4 : 0;
+  const auto product_bytes = (gated ? 2 : 3) * in * e + copies, steps = gated ? (shape.fused ? 4 : 6) * in * e : 0;
+  result.workspace = tokens * (out * e + std::max(product_bytes, steps));
   if (fp8_) {
     const bool turned = weight_grad;  // both matrices once more, for the weight's gradient
     result.workspace += tokens * (out + (turned ? out + in : 0));
     if (fp8_->stores_weight() && input_grad) result.workspace += in * out;  // the codes turned round
   }
-  if (!shape.fused && e < 4 && weight_grad) result.workspace += tokens * (out + in) * 4;
   return result;
 }
 
