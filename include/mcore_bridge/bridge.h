@@ -66,7 +66,7 @@ struct SaveOptions {
   /// (name, shape, dtype) of a tensor -> how it is saved, or nothing to leave it out. Must answer alike on all ranks.
   std::function<std::optional<SavedTensor>(const std::string&, const std::vector<int64_t>&, c10::ScalarType)> convert =
       {};
-  /// "fp8": linear layers' weights in blocks of 128 x 128 with `_scale_inv` (save_weights only); empty: params_dtype.
+  /// "fp8": linear layers' weights in blocks of 128 x 128 with `_scale_inv`; empty: params_dtype.
   std::string quantization;
   Progress progress = {};  ///< of this rank's writes
   /// Written as they are beside the weights, in the same atomic step: (file name, content).
@@ -92,6 +92,7 @@ struct ExportOptions {
   bool only_master = false;  ///< rank 0 alone gets tensors; the others send what they own and hold nothing whole
   int64_t bucket_bytes = 128 << 20;  ///< tensors travel together until they are this many bytes
   std::set<std::string> names = {};  ///< only these; empty: all
+  std::string quantization = {};     ///< as SaveOptions::quantization; weights travel as values and become codes here
 };
 
 /// Collective stream of whole tensors in Hugging Face names. Every rank iterates to the end. Owners send each byte once

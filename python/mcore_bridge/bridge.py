@@ -89,6 +89,7 @@ class GPTBridge:
         disable_tqdm=True,
         merge_lora=False,
         bucket_size=128 << 20,
+        quantization=None,
     ):
         """Generator of (Hugging Face name, whole tensor), names and shapes as `save_weights` writes them and as inference
         engines load them. Collective: every rank iterates to the end.
@@ -96,6 +97,8 @@ class GPTBridge:
         Tensors come in buckets of `bucket_size` bytes; the next bucket is on its way while the current one is used.
         only_master_rank: the other ranks send what they own, yield nothing and hold no whole tensor. target_device: where
         tensors are moved to (None: they stay). converter: f(name, tensor) -> (name, tensor), or None to drop.
+        quantization="fp8": linear weights come as float8_e4m3fn codes, each followed by its `_scale_inv`, as `save_weights` writes
+        them.
         """
         exporter = _core.WeightExporter(
             engines(mg_models),
@@ -104,6 +107,7 @@ class GPTBridge:
             merge_lora=merge_lora,
             only_master=only_master_rank,
             bucket_bytes=int(bucket_size),
+            quantization=quantization or "",
         )
         bar = None
         if not disable_tqdm and is_master():

@@ -96,15 +96,16 @@ void init_bridge(py::module_& module) {
 
   py::class_<WeightExporter>(module, "WeightExporter")
       .def(py::init([](Chunks chunks, bool peft_format, const std::string& adapter_name, bool merge_lora,
-                       bool only_master, int64_t bucket_bytes) {
+                       bool only_master, int64_t bucket_bytes, const std::string& quantization) {
              return std::make_unique<WeightExporter>(std::move(chunks), ExportOptions{.peft_format = peft_format,
                                                                                       .adapter_name = adapter_name,
                                                                                       .merge_lora = merge_lora,
                                                                                       .only_master = only_master,
-                                                                                      .bucket_bytes = bucket_bytes});
+                                                                                      .bucket_bytes = bucket_bytes,
+                                                                                      .quantization = quantization});
            }),
            py::arg("chunks"), py::kw_only(), py::arg("peft_format"), py::arg("adapter_name"), py::arg("merge_lora"),
-           py::arg("only_master"), py::arg("bucket_bytes"), NoGil())
+           py::arg("only_master"), py::arg("bucket_bytes"), py::arg("quantization"), NoGil())
       .def("__len__", &WeightExporter::count)
       .def(
           "next",

@@ -6,6 +6,8 @@
 #include <optional>
 
 #include "bridge/checkpoint_plan.h"
+#include "bridge/formats/fp8_blocks.h"
+#include "bridge/formats/quantization.h"
 #include "bridge/region_blocks.h"
 #include "bridge/tensor_encoder.h"
 #include "mcore_bridge/error.h"
@@ -71,6 +73,7 @@ struct WeightExporter::State {
   std::vector<std::vector<Part>> parts;  // by tensor
   c10::ScalarType dtype;
   c10::Device device = c10::kCPU;
+  std::unique_ptr<Fp8WholeWeights> fp8;
   const PlannedParameter* cached = nullptr;  // parts of a fused parameter follow one another
   at::Tensor cached_value;
 
@@ -169,7 +172,14 @@ struct WeightExporter::State {
             .copy_(part.view({box.rows, box.cols}));
       }
       if (!whole.defined()) whole = at::empty({0}, at::TensorOptions(device).dtype(dtype_of(tensor)));
-      ready.emplace_back(tensor.name, whole.view(tensor.sizes()));
+      whole = whole.view(tensor.sizes());
+      if (fp8 && is_fp8_weight(tensor)) {
+        auto [codes, scale] = fp8->quantize(tensor.name, whole);
+        ready.emplace_back(tensor.name, std::move(codes));
+        ready.emplace_back(fp8_scale_name(tensor.name), std::move(scale));
+      } else {
+        ready.emplace_back(tensor.name, std::move(whole));
+      }
     }
   }
 };
@@ -177,6 +187,8 @@ struct WeightExporter::State {
 WeightExporter::WeightExporter(Chunks chunks, ExportOptions options) : state_(std::make_unique<State>()) {
   MCB_CHECK(!chunks.empty(), "export_weights: no model given");
   MCB_CHECK(options.bucket_bytes > 0, "export_weights: bucket_bytes must be positive");
+  MCB_CHECK(options.quantization.empty() || (options.quantization == "fp8" && !options.peft_format),
+            "export_weights: quantization '", options.quantization, "': fp8 is what whole models are exported in");
   auto& state = *state_;
   const Selection selection{options.peft_format, options.adapter_name, options.merge_lora};
   const auto& model = *chunks[0];
@@ -189,6 +201,11 @@ WeightExporter::WeightExporter(Chunks chunks, ExportOptions options) : state_(st
   state.tensors = whole_checkpoint(chunks, selection);
   if (!options.names.empty())
     std::erase_if(state.tensors, [&](const auto& tensor) { return !options.names.contains(tensor.name); });
+  if (!options.quantization.empty()) {
+    MCB_CHECK(std::any_of(state.tensors.begin(), state.tensors.end(), is_fp8_weight),
+              "export_weights: quantization fp8: the checkpoint has no linear weight to quantise");
+    state.fp8 = std::make_unique<Fp8WholeWeights>(state.tensors, model.fp8_scales, state.group);
+  }
   state.owned = owned_regions(state.parameters);
   state.parts = gather_parts(state.tensors, state.owned, state.group);
   state.options = std::move(options);
@@ -197,7 +214,11 @@ WeightExporter::WeightExporter(Chunks chunks, ExportOptions options) : state_(st
 
 WeightExporter::~WeightExporter() = default;
 
-int64_t WeightExporter::count() const { return static_cast<int64_t>(state_->tensors.size()); }
+int64_t WeightExporter::count() const {
+  const auto& tensors = state_->tensors;
+  return static_cast<int64_t>(tensors.size()) +
+         (state_->fp8 ? std::count_if(tensors.begin(), tensors.end(), is_fp8_weight) : 0);
+}
 
 bool WeightExporter::next(std::string& name, at::Tensor& tensor) {
   auto& state = *state_;

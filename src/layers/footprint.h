@@ -51,19 +51,22 @@ struct Footprint {
   int64_t deferred = 0;   ///< bytes that wait for the weights' gradients when those come apart (zero-bubble schedules)
   double forward_flops = 0, backward_flops = 0;
   double recomputed_flops = 0;                ///< the part of backward's that runs forward again
+  double unread_flops = 0;  ///< the part of forward's that running it again leaves out (LinearPlan::unused)
   Traffic tensor_forward, tensor_backward;    ///< over the tensor-parallel group
   Traffic context_forward, context_backward;  ///< over the context-parallel group
   ExpertTraffic experts_forward, experts_backward;
   bool output_grad = true;  ///< the output requires gradients
 
-  /// One module after the other: everything adds up but the temporaries, which live one after the other.
+  /// One module after the other: everything adds up but the temporaries. Backward is through with `next`, and what that
+  /// kept is gone, when it comes to this.
   Footprint& operator+=(const Footprint& next) {
     saved += next.saved;
     offloaded += next.offloaded;
-    workspace = workspace > next.workspace ? workspace : next.workspace;
+    workspace = workspace - next.saved > next.workspace ? workspace - next.saved : next.workspace;
     deferred += next.deferred;
     forward_flops += next.forward_flops;
     recomputed_flops += next.recomputed_flops;
+    unread_flops = next.unread_flops;  // only the last output goes unread
     backward_flops += next.backward_flops;
     tensor_forward += next.tensor_forward;
     tensor_backward += next.tensor_backward;
@@ -80,8 +83,9 @@ struct Footprint {
     workspace += saved;
     saved = input;
     offloaded = 0;
-    backward_flops += forward_flops;
-    recomputed_flops += forward_flops;
+    backward_flops += forward_flops - unread_flops;
+    recomputed_flops += forward_flops - unread_flops;
+    unread_flops = 0;
     tensor_backward += tensor_forward;
     context_backward += context_forward;
     experts_backward += experts_forward;

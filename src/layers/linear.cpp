@@ -308,6 +308,8 @@ Footprint ParallelLinear::footprint(const ActivationShape& shape, bool gated) co
     result.backward_flops += flops * ((columns_grad ? 1 : 0) + (matrix_grad ? 1 : 0));
   };
   product(tokens, weight_, weight_grad, input_grad);
+  const bool leaves_out = gated && tp == 1 && !fp8_;
+  if (leaves_out) result.unread_flops = result.forward_flops;
   if (weight_grad) result.deferred = tokens * (in + out) * (fp8_ ? 1 : e);
   const auto whole = tokens * (column ? in : out) * e, shard = whole / tp;  // what crosses the group
   if (column && split) {
@@ -337,6 +339,7 @@ Footprint ParallelLinear::footprint(const ActivationShape& shape, bool gated) co
     const auto& [a, b, parts, r, scaling, dropout] = adapter;
     product(local, a, a.requires_grad(), input_grad);
     product(tokens, b, b.requires_grad(), a.requires_grad() || input_grad);
+    if (leaves_out) result.unread_flops += 2.0 * static_cast<double>(tokens) * static_cast<double>(b.numel());
     if (a.requires_grad()) result.deferred += (tokens * a.size(0) + (weight_grad ? 0 : tokens * in)) * e;
     saved += tokens * a.size(0) * e;                                                                  // A x
     if (parts.size() > 1 || split) saved += parts.size() == 1 ? b.numel() * e : out * a.size(0) * e;  // B as one matrix
@@ -361,15 +364,16 @@ Footprint ParallelLinear::footprint(const ActivationShape& shape, bool gated) co
     result.offloaded = inputs;
   }
 
-  // Gradients of output and input, the input made again (gated: its gradient is twice as wide); on the CPU the steps of
-  // the activation's gradient and the fp32 copies from which the weight's is added up.
-  result.workspace = tokens * (out + (!gated ? 3 : shape.fused ? 4 : 6) * in) * e;
+  // Gradients of output and input, the input made again; on the CPU the fp32 copies from which the weight's is added up.
+  // Gated, when these are gone: the activation's gradient, twice as wide, and on the CPU its steps.
+  const auto copies = !shape.fused && e < 4 && weight_grad ? (out + in) * 4 : 0;
+  const auto product_bytes = (gated ? 2 : 3) * in * e + copies, steps = gated ? (shape.fused ? 4 : 6) * in * e : 0;
+  result.workspace = tokens * (out * e + std::max(product_bytes, steps));
   if (fp8_) {
     const bool turned = weight_grad;  // both matrices once more, for the weight's gradient
     result.workspace += tokens * (out + (turned ? out + in : 0));
     if (fp8_->stores_weight() && input_grad) result.workspace += in * out;  // the codes turned round
   }
-  if (!shape.fused && e < 4 && weight_grad) result.workspace += tokens * (out + in) * 4;
   return result;
 }
 

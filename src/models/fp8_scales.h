@@ -16,6 +16,11 @@ struct Fp8Scales {
   c10::ScalarType dtype = c10::ScalarType::Float;  ///< in the file
 };
 
+/// Of the scales that are written where those loaded are `loaded`: what else there might be (E8M0) is written as float.
+inline c10::ScalarType fp8_scale_dtype(c10::ScalarType loaded) {
+  return loaded == c10::ScalarType::BFloat16 || loaded == c10::ScalarType::Half ? loaded : c10::ScalarType::Float;
+}
+
 /// By Hugging Face name of the weight.
 using Fp8ScalesByName = std::map<std::string, Fp8Scales>;
 

@@ -21,6 +21,8 @@ FAST = [
 # Scalars: the optimizer's step counts, flags of the step.
 SMALL = 4096
 WITHIN = 0.10
+# Layers decide, and what their last parts kept is gone at the worst moment.
+CLOSELY = {"pp2_bf16": 0.01, "moe_long_recompute": 0.01}
 
 
 def measured(names, folder):
@@ -47,7 +49,7 @@ def check(name, ranks):
     assert len(ranks) == CASES[name]["processes"]
     for found in ranks:
         assert abs(found["states"] - found["planned_states"]) <= SMALL, (name, found)
-        assert abs(found["step"] - found["planned_step"]) <= WITHIN * found["step"], (name, found)
+        assert abs(found["step"] - found["planned_step"]) <= CLOSELY.get(name, WITHIN) * found["step"], (name, found)
         assert found.get("kept") == found.get("planned_kept"), (name, found["segments"])
         # What tensor ranks add up lies in the shards of some data-parallel ranks more than of others; the plan is for the first.
         if found["first"]:

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from mcore_bridge.engine import _core
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from plan_memory import kept_bytes  # noqa: E402
@@ -181,3 +182,60 @@ def test_planned_fp8_weights():
     assert weights(fp8="hybrid") - weights() == 2 * matrices
     layer = matrices // BASE["num_layers"]
     assert weights(fp8="hybrid", first_last_layers_bf16=True) - weights() == 2 * layer
+
+
+class Products(TorchDispatchMode):
+    """FLOPs of the matrix products that run inside, attention's excepted."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = 0.0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        if name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            left, right = args[0 if name == "aten::mm" else 1 :][:2]
+            self.flops += 2.0 * left.shape[0] * left.shape[1] * right.shape[1]
+        return function(*args, **(kwargs or {}))
+
+
+FULL = dict(recompute_granularity="full")
+# B's of fused layers are counted without the zeros they are multiplied with; attention's backward runs in every layer.
+DOWN = dict(r=4, target_modules=["down_proj"], modules_to_save=["embed_tokens"])
+AGAIN = {
+    "full": (FULL, None),
+    "units": (dict(FULL, recompute_num_layers=2), None),
+    "block": (dict(FULL, recompute_method="block", recompute_num_layers=2), None),
+    "selective": (dict(recompute_granularity="selective", recompute_modules=["mlp"]), None),
+    "biases": (dict(FULL, add_bias_linear=True), None),
+    "lora": (FULL, DOWN),
+    "lora_selective": (dict(recompute_granularity="selective", recompute_modules=["mlp"]), DOWN),
+    "fp8": (dict(FULL, fp8="hybrid", **BF16), None),
+    "experts": (dict(SHARED, **FULL), None),
+    "experts_between": (dict(MOE, moe_layer_freq=[0, 1, 0], **FULL), None),
+    "experts_selective": (dict(SHARED, recompute_granularity="selective", recompute_modules=["moe"]), None),
+}
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_flops_that_run_again(name):
+    """What recomputation adds to backward, less than a forward where the last product is left out."""
+    fields, lora = AGAIN[name]
+    plain = {key: value for key, value in fields.items() if not key.startswith("recompute")}
+    planned, ran = [], []
+    for some in (plain, fields):
+        model = build(some, lora)
+        segments = _core.segments(model.engine, BATCH, LENGTH)
+        planned.append(sum(segment["backward_flops"] for segment in segments))
+        given = batch()
+        with Products() as products:
+            loss = model(**given).sum()
+            forward = products.flops
+            loss.backward()
+        ran.append(products.flops - forward)
+    attention = 0  # of the layers that run it again; its products are not counted
+    if fields["recompute_granularity"] == "full":
+        layers = fields.get("recompute_num_layers", 2) if fields.get("recompute_method") == "block" else BASE["num_layers"]
+        attention = layers * 4 * BATCH * LENGTH * (LENGTH + 1) / 2 * BASE["num_attention_heads"] * BASE["kv_channels"]
+    assert ran[1] > ran[0]
+    assert planned[1] - planned[0] - attention == ran[1] - ran[0]

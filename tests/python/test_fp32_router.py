@@ -112,6 +112,12 @@ def test_fp8_files(pair, tmp_path):
     assert any(tensor.dtype == torch.float8_e4m3fn for tensor in saved.values())
     for name in filter(is_gate, stored):
         assert saved[name].dtype == torch.float32 and torch.equal(saved[name], stored[name])
+    streamed = dict(model.config.bridge.export_weights([model], quantization="fp8"))
+    assert streamed.keys() == saved.keys()
+    for name, tensor in streamed.items():
+        assert tensor.dtype == saved[name].dtype and torch.equal(tensor.view(torch.uint8), saved[name].view(torch.uint8)), name
+    with pytest.raises(ValueError, match="fp8 is what whole models are exported in"):
+        next(model.config.bridge.export_weights([model], quantization="mxfp4"))
 
 
 def test_offline_files(pair, tmp_path):

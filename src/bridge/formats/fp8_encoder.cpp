@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
-#include <array>
 #include <cmath>
 #include <limits>
 #include <map>
@@ -11,6 +10,7 @@
 
 #include "bridge/formats/float_bytes.h"
 #include "bridge/formats/fp8.h"
+#include "bridge/formats/fp8_blocks.h"
 #include "bridge/formats/quantization.h"
 #include "bridge/region_blocks.h"
 #include "mcore_bridge/error.h"
@@ -20,27 +20,18 @@ namespace {
 
 constexpr BlockSize kBlock;
 
-bool is_quantized(const HfTensor& tensor) {
-  return is_quantized_weight(QuantMethod::kFp8, tensor.name, tensor.sizes());
-}
-
-/// Of a file's scales: what else there might be (E8M0) is written as float.
-c10::ScalarType scale_dtype(c10::ScalarType loaded) {
-  return loaded == c10::ScalarType::BFloat16 || loaded == c10::ScalarType::Half ? loaded : c10::ScalarType::Float;
-}
-
 class Fp8Encoder : public TensorEncoder {
  public:
   Fp8Encoder(c10::ScalarType dtype, const std::vector<HfTensor>& tensors, const Fp8ScalesByName& known)
       : plain_(plain_encoder(dtype)), known_(known) {
     int64_t count = 0;
     for (const auto& tensor : tensors) {
-      if (!is_quantized(tensor)) continue;
+      if (!is_fp8_weight(tensor)) continue;
       auto& grid = grids_[tensor.name];
       grid = {
           .first = count, .rows = blocks_of(tensor.rows, kBlock.rows), .columns = blocks_of(tensor.cols, kBlock.cols)};
       if (const auto found = known.find(tensor.name); found != known.end())
-        grid.dtype = scale_dtype(found->second.dtype);
+        grid.dtype = fp8_scale_dtype(found->second.dtype);
       count += grid.rows * grid.columns;
     }
     MCB_CHECK(count > 0, "save_weights: quantization fp8: the checkpoint has no linear weight to quantise");
@@ -49,7 +40,7 @@ class Fp8Encoder : public TensorEncoder {
   }
 
   std::vector<StoredTensor> stored(const HfTensor& tensor) const override {
-    if (!is_quantized(tensor)) return plain_->stored(tensor);
+    if (!is_fp8_weight(tensor)) return plain_->stored(tensor);
     const auto& grid = grids_.at(tensor.name);
     return {{tensor.name, tensor.sizes(), c10::ScalarType::Float8_e4m3fn},
             {fp8_scale_name(tensor.name), {grid.rows, grid.columns}, grid.dtype}};
@@ -74,11 +65,11 @@ class Fp8Encoder : public TensorEncoder {
   }
 
   int64_t row_block(const HfTensor& tensor) const override {
-    return is_quantized(tensor) ? kBlock.rows : plain_->row_block(tensor);
+    return is_fp8_weight(tensor) ? kBlock.rows : plain_->row_block(tensor);
   }
 
   void write(const HfTensor& tensor, const Box& part, const at::Tensor& values, ShardWriter& writer) const override {
-    if (!is_quantized(tensor)) return plain_->write(tensor, part, values, writer);
+    if (!is_fp8_weight(tensor)) return plain_->write(tensor, part, values, writer);
     const auto& grid = grids_.at(tensor.name);
     const auto numbers = values.to(at::kFloat);
     std::vector<uint8_t> quantised(static_cast<size_t>(part.numel()));
@@ -150,25 +141,13 @@ class Fp8Encoder : public TensorEncoder {
 
   /// Scales of a tensor's blocks: the known one where the block is unchanged, a new one elsewhere.
   void decide(const Grid& grid, const Agreement& agreement) {
-    const auto *amax = agreement.amax.const_data_ptr<float>(), *known = agreement.known.const_data_ptr<float>(),
-               *changed = agreement.changed.const_data_ptr<float>();
-    auto *scales = scales_.mutable_data_ptr<float>(), *factors = factors_.mutable_data_ptr<float>();
-    for (auto i = grid.first; i < grid.first + grid.rows * grid.columns; ++i) {
-      if (!std::isfinite(amax[i])) {
-        scales[i] = amax[i];
-      } else if (known[i] > 0 && std::isfinite(1 / known[i]) && changed[i] == 0) {
-        scales[i] = known[i];
-        factors[i] = 1 / known[i];
-      } else {
-        scales[i] = fp8_scale(amax[i]);
-        factors[i] = fp8_factor(amax[i]);
-        if (grid.dtype == c10::ScalarType::Float) continue;
-        std::array<std::byte, sizeof(float)> rounded;  // values must go with the scale that is read again
-        from_float(grid.dtype, &scales[i], rounded.data(), 1);
-        to_float(grid.dtype, rounded.data(), &scales[i], 1);
-        if (factors[i] > 0 && scales[i] > 0) factors[i] = 1 / scales[i];
-      }
-    }
+    auto of_grid = [&](const at::Tensor& numbers) {
+      return numbers.narrow(0, grid.first, grid.rows * grid.columns);
+    };
+    const auto [scale, factor] =
+        fp8_blocks(of_grid(agreement.amax), of_grid(agreement.known), of_grid(agreement.changed), grid.dtype);
+    of_grid(scales_).copy_(scale);
+    of_grid(factors_).copy_(factor);
   }
 
   std::unique_ptr<TensorEncoder> plain_;
@@ -189,7 +168,7 @@ std::string fp8_config_text(const std::string& config, const std::vector<HfTenso
   MCB_CHECK(content.is_object(), "save_weights: config.json is no JSON object");
   std::vector<std::string> left;
   for (const auto& tensor : tensors) {
-    if (is_quantized(tensor) || tensor.vector) continue;
+    if (is_fp8_weight(tensor) || tensor.vector) continue;
     left.push_back(tensor.name.ends_with(".weight") ? tensor.name.substr(0, tensor.name.size() - 7) : tensor.name);
   }
   content["quantization_config"] =

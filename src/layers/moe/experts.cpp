@@ -47,8 +47,7 @@ std::vector<NamedParameter> GroupedParallelLinear::own_parameters() const {
 }
 
 at::Tensor GroupedParallelLinear::forward(const at::Tensor& rows, const ExpertRows& groups) const {
-  const bool alone = options_.column || parallel_->etp.rank() == 0;
-  auto y = grouped_linear(rows, weight_, !bias_.defined() || alone ? bias_ : bias_ * 0, groups);
+  auto y = grouped_linear(rows, weight_, bias_, groups, options_.column || parallel_->etp.rank() == 0);
   for (const auto& [name, adapter] : adapters_) y = y + adapter_output(adapter, rows, groups);
   return y;
 }
@@ -125,8 +124,6 @@ Footprint GroupedParallelLinear::footprint(int64_t rows, int64_t computed, const
   }
   const bool keeps_rows = reads_rows && !shape.input_kept;
   if (keeps_rows) saved += rows * in * e;
-  // Not the rank that adds the bias: it holds zeros instead.
-  if (bias_.defined() && !options_.column && parallel_->etp.rank() > 0) saved += bias_.numel() * e;
   if (result.output_grad) {
     result.saved = saved;
     result.offloaded = keeps_rows ? rows * in * e : 0;

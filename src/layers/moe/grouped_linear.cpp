@@ -106,21 +106,22 @@ struct MainHolder : torch::CustomClassHolder {
 struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& weight,
                             const std::optional<at::Tensor>& bias, const at::Tensor& ends, std::vector<int64_t> host,
-                            bool tail) {
+                            bool tail, bool adds_bias) {
     // Frozen matrices need no rows.
     context->save_for_backward({weight.requires_grad() ? x : at::Tensor(), weight, ends, bias.value_or(at::Tensor())});
     context->saved_data["host"] = host;
     context->saved_data["tail"] = tail;
+    context->saved_data["adds_bias"] = adds_bias;
     if (auto main = main_gradient(weight))
       context->saved_data["main"] = at::IValue::make_capsule(c10::make_intrusive<MainHolder>(std::move(main)));
-    return product(x, weight.transpose(1, 2), bias.value_or(at::Tensor()), {ends, host, tail});
+    return product(x, weight.transpose(1, 2), adds_bias ? bias.value_or(at::Tensor()) : at::Tensor(), {ends, host, tail});
   }
   static variable_list backward(AutogradContext* context, variable_list grads) {
     const auto saved = context->get_saved_variables();
     const auto &x = saved[0], &weight = saved[1], &bias = saved[3];
     const ExpertRows groups{saved[2], context->saved_data["host"].toIntVector(), context->saved_data["tail"].toBool()};
     const auto grad = grads[0].contiguous();
-    variable_list result(6);
+    variable_list result(7);
     if (context->needs_input_grad(0)) result[0] = product(grad, weight, {}, groups);
     if (context->needs_input_grad(1)) {
       auto gradient = [=] { return weight_gradient(grad, x, weight, groups); };
@@ -133,8 +134,11 @@ struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
         contribute(*main, [=](const at::Tensor&, bool accumulate) { settle(*main, gradient(), accumulate); });
       }
     }
-    if (bias.defined() && context->needs_input_grad(2))
-      result[2] = WeightGradients::now_or_later(bias, [=] { return bias_gradient(grad, bias, groups); });
+    if (bias.defined() && context->needs_input_grad(2)) {
+      const bool adds = context->saved_data["adds_bias"].toBool();
+      result[2] = WeightGradients::now_or_later(
+          bias, [=] { return adds ? bias_gradient(grad, bias, groups) : at::zeros_like(bias); });
+    }
     return result;
   }
 };
@@ -148,10 +152,10 @@ ExpertRows expert_rows(const at::Tensor& counts, bool tail) {
 }
 
 at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
-                          const ExpertRows& groups) {
+                          const ExpertRows& groups, bool adds_bias) {
   MCB_CHECK(x.dim() == 2 && weight.dim() == 3 && x.size(1) == weight.size(2), "grouped_linear: ", x.sizes(),
             " rows and ", weight.sizes(), " matrices do not fit");
-  return GroupedLinear::apply(x, weight, given(bias), groups.ends, groups.host, groups.tail);
+  return GroupedLinear::apply(x, weight, given(bias), groups.ends, groups.host, groups.tail, adds_bias);
 }
 
 }  // namespace mcore_bridge

@@ -19,9 +19,10 @@ struct ExpertRows {
 ExpertRows expert_rows(const at::Tensor& counts, bool tail);
 
 /// y[i] = W[e(i)] x[i] (+ bias[e(i)]): x [n, in], weight [E, out, in], bias [E, out] or undefined -> [n, out].
+/// `adds_bias` false: another rank adds it, here it only gets a gradient of zeros.
 /// GPU: libtorch's grouped GEMM (bf16, fp16); CPU and fp32: a loop over the experts that have rows. Weight gradients
 /// can be put aside (layers/weight_gradients.h).
 at::Tensor grouped_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
-                          const ExpertRows& groups);
+                          const ExpertRows& groups, bool adds_bias = true);
 
 }  // namespace mcore_bridge

@@ -119,7 +119,11 @@ Footprint MoELayer::footprint(const ActivationShape& shape) const {
     inner = shape;
     inner.input_kept = shape.input_kept || router_.trains();
     const bool grad = result.output_grad;
+    // Backward comes to them between the experts and the router: nothing is gone yet at either's worst moment.
+    const auto routed = result.workspace;
     result += shared_->footprint(inner);
+    result.workspace = std::max(result.workspace, routed);
+    result.unread_flops = 0;  // the sum with the routed experts' reads it
     result.output_grad = result.output_grad || grad;
   }
   return result;
