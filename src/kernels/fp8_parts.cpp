@@ -67,7 +67,8 @@ void launch_parts(const std::vector<Fp8Part>& parts, const at::Tensor& amax, Lau
 
 void fp8_raise_amax(const std::vector<Fp8Part>& parts, const at::Tensor& amax, at::ScalarType dtype) {
   if (amax.is_cuda()) {
-    return launch_parts(parts, amax, [&](const auto& p, auto stream) { cuda::fp8_parts_amax(p, type_of(dtype), stream); });
+    return launch_parts(parts, amax,
+                        [&](const auto& p, auto stream) { cuda::fp8_parts_amax(p, type_of(dtype), stream); });
   }
   for (const auto& part : parts) {
     const Blocks blocks(part, amax, dtype);

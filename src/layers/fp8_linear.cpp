@@ -132,9 +132,8 @@ Fp8Matrix Fp8Linear::turned_input(const at::Tensor& x, const at::Tensor& amax) {
 at::Tensor fp8_weight_gradient(const at::Tensor& weight, const std::shared_ptr<MainGradient>& main, const Fp8Matrix& dy,
                                const Fp8Matrix& x) {
   if (main) {
-    return WeightGradients::now_or_later(weight, main, [dy, x](const at::Tensor& grad, bool accumulate) {
-      fp8_accumulate(grad, dy, x, accumulate);
-    });
+    return WeightGradients::now_or_later(
+        weight, main, [dy, x](const at::Tensor& grad, bool accumulate) { fp8_accumulate(grad, dy, x, accumulate); });
   }
   return WeightGradients::now_or_later(weight, [dy, x, dtype = weight.scalar_type(), out = weight.size(0)] {
     return fp8_matmul(dy, x, out, dtype, {});

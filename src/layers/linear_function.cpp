@@ -41,9 +41,9 @@ struct Holder : torch::CustomClassHolder {
   /// aside.
   at::Tensor weight_gradient(size_t slot, const at::Tensor& parameter, const at::Tensor& a, const at::Tensor& b) const {
     if (!main[slot]) return WeightGradients::now_or_later(parameter, [a, b] { return at::mm(a.t(), b); });
-    return WeightGradients::now_or_later(
-        parameter, main[slot],
-        [a, b](const at::Tensor& grad, bool accumulate) { accumulate_product(grad, a, b, accumulate); });
+    return WeightGradients::now_or_later(parameter, main[slot], [a, b](const at::Tensor& grad, bool accumulate) {
+      accumulate_product(grad, a, b, accumulate);
+    });
   }
 
   /// The gradient of an adapter's B: scaling * grad_y^T low, of which an expanded one is collected.

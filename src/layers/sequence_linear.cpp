@@ -29,7 +29,7 @@ struct Holder : torch::CustomClassHolder {
   Group group;
   bool overlap;  // never with FP8
   Fp8Ptr fp8;
-  at::Tensor amax;  // what the FP8 input was scaled for
+  at::Tensor amax;                     // what the FP8 input was scaled for
   std::shared_ptr<MainGradient> main;  // of the weight
   Holder(Group g, bool o, Fp8Ptr f) : group(std::move(g)), overlap(o), fp8(std::move(f)) {}
 };
@@ -37,9 +37,9 @@ struct Holder : torch::CustomClassHolder {
 /// dW = grad^T x, or undefined when it goes into the main gradient or the schedule wants it later.
 at::Tensor weight_gradient(const at::Tensor& weight, const Holder& kept, const at::Tensor& grad, const at::Tensor& x) {
   if (!kept.main) return WeightGradients::now_or_later(weight, [grad, x] { return at::mm(grad.t(), x); });
-  return WeightGradients::now_or_later(
-      weight, kept.main,
-      [grad, x](const at::Tensor& sum, bool accumulate) { accumulate_product(sum, grad, x, accumulate); });
+  return WeightGradients::now_or_later(weight, kept.main, [grad, x](const at::Tensor& sum, bool accumulate) {
+    accumulate_product(sum, grad, x, accumulate);
+  });
 }
 
 Holder& keep(AutogradContext* context, const at::Tensor& weight, const Group& group, bool overlap, const Fp8Ptr& fp8) {
@@ -90,8 +90,8 @@ struct Gathered : Function<Gathered> {
         result[0] = kept.group.reduce_scatter(
             shaped(kept.fp8->input_gradient(dy.straight, grad.size(0), grad.scalar_type(), weight, {}), grads[0]));
       if (wants_weight)
-        result[1] =
-            fp8_weight_gradient(weight, kept.main, dy.turned, kept.fp8->turned_input(matrix(kept.group.all_gather(x)), kept.amax));
+        result[1] = fp8_weight_gradient(weight, kept.main, dy.turned,
+                                        kept.fp8->turned_input(matrix(kept.group.all_gather(x)), kept.amax));
     } else {
       if (wants_x) result[0] = kept.group.reduce_scatter(shaped(at::mm(grad, weight), grads[0]));
       if (wants_weight) whole = matrix(kept.group.all_gather(x));

@@ -9,8 +9,8 @@ namespace mcore_bridge {
 
 class ParallelLinear;
 
-/// While it lives, ParallelLinear::weight_values() of weights that a trainer has masters of (fp8_param) is those masters'
-/// values, in host memory. Collective over the ranks that hold the same weights; nothing else of it is.
+/// While it lives, ParallelLinear::weight_values() of weights that a trainer has masters of (fp8_param) is those
+/// masters' values, in host memory. Collective over the ranks that hold the same weights; nothing else of it is.
 class GatheredMasters {
  public:
   explicit GatheredMasters(const Chunks& chunks);

@@ -57,8 +57,7 @@ PlannedBuffers plan_buffers(const std::vector<ManagedParameter>& parameters, con
   for (const auto& parameter : parameters) {
     result.parameters += parameter.tensor.numel();
     if (parameter.trainable) result.trainable += parameter.tensor.numel();
-    if (parameter.trainable && parameter.in_fp8)
-      result.magnitudes += parameter.in_fp8->fp8()->stored_scale().numel();
+    if (parameter.trainable && parameter.in_fp8) result.magnitudes += parameter.in_fp8->fp8()->stored_scale().numel();
     if (parameter.trainable || shards_all) {
       managed.push_back(parameter);
     } else {

@@ -18,7 +18,7 @@ struct StateSlice {
   std::string kind;       ///< "master", "remainder", "exp_avg", "exp_avg_sq", "momentum_buffer"
   int64_t begin = 0, end = 0;
   bool of_codes = false;  ///< the parameter is FP8 codes (fp8_param): its values are its "master"
-  at::Tensor values;  ///< 1-D [end - begin] in its stored dtype: a view of the live state, loading copies into it
+  at::Tensor values;      ///< 1-D [end - begin] in its stored dtype: a view of the live state, loading copies into it
 };
 
 class Optimizer {

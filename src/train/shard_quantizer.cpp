@@ -23,7 +23,8 @@ void check_fp8_param(const std::vector<ManagedParameter>& parameters, const Opti
               kWayOut);
     if (!parameter.trainable) continue;
     MCB_CHECK(sharding != Sharding::kGradients, "fp8_param: ", parameter.name,
-              " trains and is kept as FP8 codes, which get their gradient in place and not by data_parallel_sharding_strategy "
+              " trains and is kept as FP8 codes, which get their gradient in place and not by "
+              "data_parallel_sharding_strategy "
               "optim_grads in this version; choose optim or no_shard",
               kWayOut);
     MCB_CHECK(options.main_params_dtype == "fp32", "fp8_param: ", parameter.name,
@@ -62,7 +63,9 @@ ShardQuantizer::ShardQuantizer(const std::vector<ManagedParameter>& parameters,
   if (scales_[0].scale.dim() == 1) agree_.push_back(parallel.tp);
   amax_ = at::zeros({count}, options);
   for (const auto& [history, numbers] : histories) {
-    auto on_device = [&](const std::vector<int64_t>& values) { return at::tensor(values, at::kLong).to(amax_.device()); };
+    auto on_device = [&](const std::vector<int64_t>& values) {
+      return at::tensor(values, at::kLong).to(amax_.device());
+    };
     histories_.push_back({history, on_device(numbers.first), on_device(numbers.second)});
   }
   for (const auto& segment : segments) {
@@ -99,8 +102,7 @@ void ShardQuantizer::run() {
   for (const auto& group : agree_) group.all_reduce_max(amax_);
   fp8_write_scales(scales_, amax_);
   for_parts([&](const std::vector<Fp8Part>& parts) { fp8_quantize(parts, amax_, dtype_); });
-  for (const auto& [history, slots, magnitudes] : histories_)
-    history->raise(slots, amax_.index_select(0, magnitudes));
+  for (const auto& [history, slots, magnitudes] : histories_) history->raise(slots, amax_.index_select(0, magnitudes));
   for (auto& [codes, weight] : weights_) weight.layer->wide().forget();
 }
 

@@ -109,8 +109,8 @@ ShardedOptimizer::ShardedOptimizer(std::shared_ptr<ParameterBuffers> buffers, Pa
   for (const auto& parameter : buffers_->parameters()) versions_.push_back(parameter.tensor._version());
   const auto& all = buffers_->parameters();
   if (std::any_of(all.begin(), all.end(), [](const auto& p) { return p.trainable && p.in_fp8; })) {
-    quantizer_ = std::make_shared<ShardQuantizer>(all, segments_, *parallel,
-                                                  buffers_->options().sharding != Sharding::kNone);
+    quantizer_ =
+        std::make_shared<ShardQuantizer>(all, segments_, *parallel, buffers_->options().sharding != Sharding::kNone);
     for (const auto& parameter : all)
       if (parameter.in_fp8) parameter.in_fp8->wide().set_masters(quantizer_);
   }
@@ -185,9 +185,10 @@ void ShardedOptimizer::masters_began() {
   for (const auto& parameter : buffers_->parameters())
     if (parameter.in_fp8) parameter.in_fp8->wide().forget();
   if (imprecise_.empty()) return;
-  TORCH_WARN("Trainer: ", imprecise_.size(), " weights kept in FP8 (", imprecise_[0],
-             ", ...) were last written as codes alone, or while they were frozen: their fp32 masters begin with what the "
-             "codes stand for. load_weights with requires_grad=True gives them the checkpoint's values");
+  TORCH_WARN(
+      "Trainer: ", imprecise_.size(), " weights kept in FP8 (", imprecise_[0],
+      ", ...) were last written as codes alone, or while they were frozen: their fp32 masters begin with what the "
+      "codes stand for. load_weights with requires_grad=True gives them the checkpoint's values");
   imprecise_.clear();
 }
 

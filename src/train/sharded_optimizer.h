@@ -70,11 +70,11 @@ class ShardedOptimizer : public Optimizer {
   std::vector<Segment*> device_, host_;
   std::shared_ptr<ShardQuantizer> quantizer_;  ///< null without weights that train as FP8 codes
   std::vector<std::string> imprecise_;         ///< of those, whose masters begin with what codes stand for
-  std::vector<Task> tasks_;           ///< one per rule and place
-  int64_t to_offload_ = 0;            ///< elements still to be put into host memory
-  at::Tensor steps_, host_steps_;     ///< updates done, fp32 scalars
-  double lr_ = 0, weight_decay_ = 0;  ///< of the step under way
-  std::vector<uint32_t> versions_;    ///< of the parameters when last seen
+  std::vector<Task> tasks_;                    ///< one per rule and place
+  int64_t to_offload_ = 0;                     ///< elements still to be put into host memory
+  at::Tensor steps_, host_steps_;              ///< updates done, fp32 scalars
+  double lr_ = 0, weight_decay_ = 0;           ///< of the step under way
+  std::vector<uint32_t> versions_;             ///< of the parameters when last seen
 };
 
 }  // namespace mcore_bridge

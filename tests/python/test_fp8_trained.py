@@ -193,7 +193,7 @@ def test_masters_begin_with_the_checkpoint(tmp_path, recipe, capfd):
     # Without one the codes are all there is, which is said.
     del last
     assert any(not torch.equal(tensor, trained[name]) for name, tensor in exported(models).items())
-    last = mb.Trainer(models, **OPTIONS)
+    mb.Trainer(models, **OPTIONS)
     assert "8 weights kept in FP8" in capfd.readouterr().err
     # Codes of the saved values are those of the masters.
     other = mb.get_mcore_model(config, device=DEVICE)

@@ -131,7 +131,9 @@ class TrainArguments(ModelArguments):
     )
     fp8_amax_history_len: int = flag(1024, "delayed: steps looked back on")
     fp8_amax_compute_algo: Literal["max", "most_recent"] = flag("max", "delayed: largest of them, or the last")
-    fp8_param_gather: bool = flag(False, "with fp8_format: weights of these layers are kept in memory as FP8 alone, beside fp32 masters when they train")
+    fp8_param_gather: bool = flag(
+        False, "with fp8_format: weights are kept in memory as FP8 alone; those that train have fp32 masters"
+    )
     first_last_layers_bf16: bool = flag(False, "with fp8_format: the first and last layer compute in torch_dtype")
     num_layers_at_start_in_bf16: int = flag(1, "so many at the start")
     num_layers_at_end_in_bf16: int = flag(1, "so many at the end")
