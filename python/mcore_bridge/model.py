@@ -116,6 +116,7 @@ class GPTModel(nn.Module):
                     "build it there: ModelConfig(params_dtype=...), get_mcore_model(config, device=...)"
                 )
             break
+
         # .bfloat16() on a model of that dtype changes nothing: FP8 codes, their scales and routers in float32 stay what they are.
         def same_dtype(tensor):
             result = fn(tensor)

@@ -162,9 +162,8 @@ void init_convert(py::module_& module) {
                                     py::arg("strides") = std::tuple{strides.offset, strides.row, strides.col}));
           }
           result.append(py::dict(py::arg("name") = plan.name, py::arg("sizes") = plan.sizes,
-                                 py::arg("pad_rows") = plan.rule.pad_rows,
-                                 py::arg("float32") = plan.rule.float32, py::arg("tensors") = tensors,
-                                 py::arg("regions") = regions));
+                                 py::arg("pad_rows") = plan.rule.pad_rows, py::arg("float32") = plan.rule.float32,
+                                 py::arg("tensors") = tensors, py::arg("regions") = regions));
         }
         return result;
       },

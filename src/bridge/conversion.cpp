@@ -143,7 +143,8 @@ std::vector<Conversion> plan_conversions(std::vector<LogicalTensor> tensors, con
       }
       const auto plain = quantised ? c10::ScalarType::BFloat16 : own;
       const bool wide = c10::elementSize(own) > 1 || quantised;  // a plain one-byte tensor is left alone
-      conversion.dtype = options.dtype && wide && !keeps_dtype(from.name) && !kept.contains(from.name) ? *options.dtype : plain;
+      conversion.dtype =
+          options.dtype && wide && !keeps_dtype(from.name) && !kept.contains(from.name) ? *options.dtype : plain;
       const bool same = quantised ? conversion.method == method && !options.dequantize
                                   : conversion.method == QuantMethod::kNone && conversion.dtype == own;
       conversion.copy = same && !conversion.merge && !brought;

@@ -155,7 +155,8 @@ ConvertReport convert_checkpoint(const ConvertOptions& options) {
       tensors.back().name = "lm_head.weight";
     }
   }
-  const auto conversions = plan_conversions(std::move(tensors), options, found, merge.get(), kept_in_float32(options.model));
+  const auto conversions =
+      plan_conversions(std::move(tensors), options, found, merge.get(), kept_in_float32(options.model));
   check(options, found, conversions);
 
   ConvertReport report;

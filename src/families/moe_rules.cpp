@@ -43,16 +43,15 @@ void add_shared_experts(std::vector<WeightRule>& rules, const ModelConfig& confi
 }  // namespace
 
 std::vector<WeightRule> moe_rules(const ModelConfig& config, const MoeNames& names) {
-  std::vector<WeightRule> rules = {
-      {.name = "pre_mlp_layernorm.weight",
-       .hf = {"post_attention_layernorm.weight"},
-       .rows = config.hidden_size,
-       .init = norm_init(config)},
-      {.name = "mlp.router.weight",
-       .hf = {names.router},
-       .rows = *config.num_moe_experts,
-       .cols = config.hidden_size,
-       .float32 = config.moe_router_weight_in_fp32}};
+  std::vector<WeightRule> rules = {{.name = "pre_mlp_layernorm.weight",
+                                    .hf = {"post_attention_layernorm.weight"},
+                                    .rows = config.hidden_size,
+                                    .init = norm_init(config)},
+                                   {.name = "mlp.router.weight",
+                                    .hf = {names.router},
+                                    .rows = *config.num_moe_experts,
+                                    .cols = config.hidden_size,
+                                    .float32 = config.moe_router_weight_in_fp32}};
   if (config.add_bias_linear) rules.push_back(bias_of(rules.back()));
   if (config.moe_router_enable_expert_bias) {
     rules.push_back({.name = "mlp.router.expert_bias",

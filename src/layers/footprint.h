@@ -50,8 +50,8 @@ struct Footprint {
   int64_t workspace = 0;  ///< most bytes alive at once in backward beyond `saved`
   int64_t deferred = 0;   ///< bytes that wait for the weights' gradients when those come apart (zero-bubble schedules)
   double forward_flops = 0, backward_flops = 0;
-  double recomputed_flops = 0;                ///< the part of backward's that runs forward again
-  double unread_flops = 0;  ///< the part of forward's that running it again leaves out (LinearPlan::unused)
+  double recomputed_flops = 0;  ///< the part of backward's that runs forward again
+  double unread_flops = 0;      ///< the part of forward's that running it again leaves out (LinearPlan::unused)
   Traffic tensor_forward, tensor_backward;    ///< over the tensor-parallel group
   Traffic context_forward, context_backward;  ///< over the context-parallel group
   ExpertTraffic experts_forward, experts_backward;

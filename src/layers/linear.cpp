@@ -364,8 +364,8 @@ Footprint ParallelLinear::footprint(const ActivationShape& shape, bool gated) co
     result.offloaded = inputs;
   }
 
-  // Gradients of output and input, the input made again; on the CPU the fp32 copies from which the weight's is added up.
-  // Gated, when these are gone: the activation's gradient, twice as wide, and on the CPU its steps.
+  // Gradients of output and input, the input made again; on the CPU the fp32 copies from which the weight's is added
+  // up. Gated, when these are gone: the activation's gradient, twice as wide, and on the CPU its steps.
   const auto copies = !shape.fused && e < 4 && weight_grad ? (out + in) * 4 : 0;
   const auto product_bytes = (gated ? 2 : 3) * in * e + copies, steps = gated ? (shape.fused ? 4 : 6) * in * e : 0;
   result.workspace = tokens * (out * e + std::max(product_bytes, steps));

@@ -19,7 +19,9 @@ def check_stream(config, models, folder):
     for file in Path(folder).glob("*.safetensors"):
         saved |= load_file(file)
     for only_master in (False, True):
-        streamed = dict(config.bridge.export_weights(models, quantization="fp8", only_master_rank=only_master, bucket_size=20_000))
+        streamed = dict(
+            config.bridge.export_weights(models, quantization="fp8", only_master_rank=only_master, bucket_size=20_000)
+        )
         if only_master and dist.get_rank() > 0:
             assert not streamed
             continue

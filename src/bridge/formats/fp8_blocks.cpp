@@ -18,8 +18,8 @@ constexpr int64_t kPieceElements = 16 << 20;  // a weight is quantised so many v
 /// [block rows, 128, block columns, 128] of a matrix in float, zeros behind its edges.
 at::Tensor in_blocks(const at::Tensor& matrix) {
   const auto rows = blocks_of(matrix.size(0), kBlock.rows), columns = blocks_of(matrix.size(1), kBlock.cols);
-  return at::constant_pad_nd(matrix.to(at::kFloat), {0, columns * kBlock.cols - matrix.size(1), 0,
-                                                     rows * kBlock.rows - matrix.size(0)})
+  return at::constant_pad_nd(matrix.to(at::kFloat),
+                             {0, columns * kBlock.cols - matrix.size(1), 0, rows * kBlock.rows - matrix.size(0)})
       .view({rows, kBlock.rows, columns, kBlock.cols});
 }
 

@@ -18,8 +18,8 @@ struct Fp8Blocks {
   at::Tensor factor;  ///< float; 0 where the block becomes zeros
 };
 
-/// `amax`: float, the blocks' largest magnitudes. A block keeps its `known` scale (float, 0 for none) where `changed` is
-/// 0. New scales are numbers that a file has in `dtype`.
+/// `amax`: float, the blocks' largest magnitudes. A block keeps its `known` scale (float, 0 for none) where `changed`
+/// is 0. New scales are numbers that a file has in `dtype`.
 Fp8Blocks fp8_blocks(const at::Tensor& amax, const at::Tensor& known, const at::Tensor& changed, c10::ScalarType dtype);
 
 /// Whether a tensor of the checkpoint is one that becomes codes.

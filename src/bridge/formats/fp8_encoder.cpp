@@ -141,9 +141,7 @@ class Fp8Encoder : public TensorEncoder {
 
   /// Scales of a tensor's blocks: the known one where the block is unchanged, a new one elsewhere.
   void decide(const Grid& grid, const Agreement& agreement) {
-    auto of_grid = [&](const at::Tensor& numbers) {
-      return numbers.narrow(0, grid.first, grid.rows * grid.columns);
-    };
+    auto of_grid = [&](const at::Tensor& numbers) { return numbers.narrow(0, grid.first, grid.rows * grid.columns); };
     const auto [scale, factor] =
         fp8_blocks(of_grid(agreement.amax), of_grid(agreement.known), of_grid(agreement.changed), grid.dtype);
     of_grid(scales_).copy_(scale);

@@ -114,7 +114,8 @@ struct GroupedLinear : torch::autograd::Function<GroupedLinear> {
     context->saved_data["adds_bias"] = adds_bias;
     if (auto main = main_gradient(weight))
       context->saved_data["main"] = at::IValue::make_capsule(c10::make_intrusive<MainHolder>(std::move(main)));
-    return product(x, weight.transpose(1, 2), adds_bias ? bias.value_or(at::Tensor()) : at::Tensor(), {ends, host, tail});
+    return product(x, weight.transpose(1, 2), adds_bias ? bias.value_or(at::Tensor()) : at::Tensor(),
+                   {ends, host, tail});
   }
   static variable_list backward(AutogradContext* context, variable_list grads) {
     const auto saved = context->get_saved_variables();
