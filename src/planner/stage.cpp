@@ -56,7 +56,7 @@ PlannedStage plan_stage(const PlanRequest& request, const Topology& topology, in
     for (auto& parameter : parameters) parameter.chunk = vp_stage;
     all.insert(all.end(), parameters.begin(), parameters.end());
     for (const auto* router : chunk[0]->routers()) result.summed_loads += router->summed_loads();
-    result.chunks.push_back({chunk[0]->place(), std::move(parameters), chunk[0]->segments(shape)});
+    result.chunks.push_back({chunk[0]->place(), std::move(parameters), chunk[0]->segments(shape), chunk[0]});
   }
   check_fp8_param(all, request.optimizer);
   result.buffers = plan_buffers(all, *parallel, request.optimizer);
