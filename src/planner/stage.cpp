@@ -61,7 +61,7 @@ PlannedStage plan_stage(const PlanRequest& request, const Topology& topology, in
     all.insert(all.end(), parameters.begin(), parameters.end());
     for (auto& parameter : parameters) parameter.in_fp8 = nullptr;  // these stay when the models are gone
     for (const auto* router : chunk[0]->routers()) result.summed_loads += router->summed_loads();
-    result.chunks.push_back({chunk[0]->place(), std::move(parameters), chunk[0]->segments(shape)});
+    result.chunks.push_back({chunk[0]->place(), std::move(parameters), chunk[0]->segments(shape), chunk[0]});
   }
   check_fp8_param(all, request.optimizer);
   result.buffers = plan_buffers(all, *parallel, request.optimizer);

@@ -14,6 +14,7 @@ struct PlannedChunk {
   ChunkPlace place;
   std::vector<ManagedParameter> parameters;  ///< meta tensors, trainable as training would set it
   std::vector<GPTModel::Segment> segments;
+  std::shared_ptr<const GPTModel> model;  ///< whose layers `parameters` point to
 };
 
 struct PlannedStage {

@@ -99,7 +99,8 @@ struct CheckpointWriter::State {
     // Replicas hold the same: they take turns.
     int turn = 0;
     for (const auto& parameter : parameters) {
-      if (parameter.in_fp8 && parameter.in_fp8->wide().masters()) continue;  // added just now, here or elsewhere
+      if (parameter.in_fp8 && trainer.optimizer().trains(parameter.tensor))
+        continue;  // added just now, here or elsewhere
       const auto& replicas = replicas_of(parameter.plan, parallel());
       const auto flat = (parameter.in_fp8 ? parameter.value() : parameter.tensor.detach()).view({-1});
       for (const auto& region : parameter.plan.regions) {

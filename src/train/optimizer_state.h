@@ -29,6 +29,8 @@ class Optimizer {
   /// them. There is no "master" where the parameter itself is the master (fp32) or has a "remainder"
   /// (param_remainder.h).
   virtual std::vector<StateSlice> state() = 0;
+  /// Whether a parameter that is FP8 codes has a "master" here or on another rank that holds it.
+  virtual bool trains(const at::Tensor& codes) const = 0;
   virtual int64_t steps() const = 0;  ///< updates done (skipped ones not counted)
   virtual void set_steps(int64_t steps) = 0;
   /// After values were copied into state(): refreshes the parameters from their masters. Collective.

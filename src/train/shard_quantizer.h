@@ -33,6 +33,7 @@ class ShardQuantizer : public WeightMasters {
   void run();
 
   at::Tensor values(const at::Tensor& codes) const override;
+  bool trains(const at::Tensor& codes) const { return weights_.contains(codes.unsafeGetTensorImpl()); }
   int64_t bytes() const { return static_cast<int64_t>(amax_.nbytes()); }  ///< on the device
 
  private:

@@ -35,6 +35,7 @@ class ShardedOptimizer : public Optimizer {
   void finish_on_host(double grad_scale, bool skip);
 
   std::vector<StateSlice> state() override;
+  bool trains(const at::Tensor& codes) const override { return quantizer_ && quantizer_->trains(codes); }
   int64_t steps() const override;
   void set_steps(int64_t steps) override;
   void state_loaded() override;
