@@ -9,7 +9,7 @@
 namespace mcore_bridge {
 namespace {
 
-/// Rows of which neither product of a layer fills a GPU.
+/// Rows whose products take microseconds, so that one less in a chain of them counts.
 constexpr int64_t kFewRows = 1024;
 
 bool few(const LinearPlan& plan, const at::Tensor& rows) {

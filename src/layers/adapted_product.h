@@ -1,8 +1,8 @@
 // The products of a linear layer with its adapters: y = x W^T + sum of scaling * (x A^T) B^T, and the way back to x.
 //
 // Where the rows of x and of W have room behind them (kernels/room.h), A x and B go there and y is one product:
-// [x | A x] [W | scaling * B]^T. Else the adapter's product comes first and the large one accumulates onto it; few rows
-// on a GPU fill it with neither product, so that A x is made beside x W^T while a graph is recorded.
+// [x | A x] [W | scaling * B]^T. Else the adapter's product comes first and the large one accumulates onto it; of few
+// rows on a GPU A x is made beside x W^T while a graph is recorded, and B's product comes last.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -40,11 +40,9 @@ PlannedStage plan_stage(const PlanRequest& request, const Topology& topology, in
   result.boundary =
       shape.tokens() / (config.sequence_parallel ? topology.sizes().tensor : 1) * config.hidden_size * shape.element;
   std::vector<ManagedParameter> all;
-  Chunks models;  // to which parameters point
   int64_t beside = 0;  // bytes that layers keep beside their parameters
   for (int vp_stage = 0; vp_stage < config.virtual_stages(); ++vp_stage) {
-    const Chunks chunk{build_model(config, parallel, vp_stage, "meta")};
-    models.push_back(chunk[0]);
+    Chunks chunk{build_model(config, parallel, vp_stage, "meta")};
     if (request.lora) add_lora(chunk, *request.lora);
     for (auto& parameter : chunk[0]->named_parameters()) {
       for (const auto& prefix : request.frozen) {
@@ -59,7 +57,6 @@ PlannedStage plan_stage(const PlanRequest& request, const Topology& topology, in
     auto parameters = managed_parameters(chunk);
     for (auto& parameter : parameters) parameter.chunk = vp_stage;
     all.insert(all.end(), parameters.begin(), parameters.end());
-    for (auto& parameter : parameters) parameter.in_fp8 = nullptr;  // these stay when the models are gone
     for (const auto* router : chunk[0]->routers()) result.summed_loads += router->summed_loads();
     result.chunks.push_back({chunk[0]->place(), std::move(parameters), chunk[0]->segments(shape), chunk[0]});
   }

@@ -86,8 +86,8 @@ class Recorder : public GraphRecorder {
  public:
   explicit Recorder(int device)
       : device_(static_cast<c10::DeviceIndex>(device)),
-        main_(c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device_)),
-        aside_(c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device_)),
+        main_(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device_)),
+        aside_(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device_)),
         side_(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device_)),
         pool_(at::cuda::graph_pool_handle()) {}
 
@@ -139,8 +139,7 @@ class Recorder : public GraphRecorder {
   }
 
   c10::DeviceIndex device_;
-  CUDAStream main_, aside_;
-  CUDAStream side_;  ///< what nothing waits for runs where the others leave room
+  CUDAStream main_, aside_, side_;
   at::cuda::MempoolId_t pool_;
 };
 
