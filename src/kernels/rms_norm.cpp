@@ -58,7 +58,8 @@ RmsNormOutput rms_norm_forward(const at::Tensor& given, const at::Tensor& delta,
   }
   const c10::DeviceGuard guard(given.device());
   const auto x = readable(given), other = readable(delta);
-  RmsNormOutput result{empty_with_room(x.sizes(), room, x.options()), delta.defined() ? at::empty(x.sizes(), x.options()) : x,
+  RmsNormOutput result{empty_with_room(x.sizes(), room, x.options()),
+                       delta.defined() ? at::empty(x.sizes(), x.options()) : x,
                        at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat))};
   auto p = arguments(x, weight, options);
   p.delta = pointer(other);

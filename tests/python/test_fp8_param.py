@@ -87,7 +87,9 @@ def test_memory(recipe):
         return sum(t.untyped_storage().nbytes() for t in [*models[0].parameters(), *models[0].buffers()])
 
     def planned(fields):
-        request = dict(processes=1, micro_batch_size=1, global_batch_size=1, sequence_length=32, gpu_kernels=False)  # no trainer, no room for B
+        request = dict(
+            processes=1, micro_batch_size=1, global_batch_size=1, sequence_length=32, gpu_kernels=False
+        )  # no trainer, no room for B
         config = mb.ModelConfig(**{**BASE, **fields})
         return mb.plan_layout(config, lora=mb.LoraOptions(r=4), **request)["stages"][0]["memory"]["weights"]
 

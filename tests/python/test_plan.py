@@ -127,8 +127,12 @@ def test_lora_needs_less(tmp_path):
         _, plans = make_plans(parse(PlanArguments, "plan", ["--model", folder, "--gpus", "1", "--max_length", "1024", *words]))
         return plans[0]["stages"][0]["memory"]
 
-    full, lora = total(), total("--tuner_type", "lora", "--lora_rank", "4")
-    assert full["weights"] < lora["weights"] < 1.02 * full["weights"]
+    full, lora = total(), total("--tuner_type", "lora", "--lora_rank", "8")
+    # On a GPU 64 bf16 numbers of room for B behind each row of the three matrices in front of which x is made.
+    heads = SMALL["num_attention_heads"] + 2 * SMALL["num_key_value_heads"]
+    rows = heads * SMALL["hidden_size"] // SMALL["num_attention_heads"] + 2 * SMALL["intermediate_size"] + SMALL["hidden_size"]
+    room = SMALL["num_hidden_layers"] * rows * 64 * 2
+    assert full["weights"] + room < lora["weights"] < 1.02 * full["weights"] + room
     assert lora["gradients"] < 0.02 * full["gradients"] and lora["optimizer"] == 3 * lora["gradients"]
 
 

@@ -192,7 +192,9 @@ class TrainArguments(ModelArguments):
     accumulate_allreduce_grads_in_fp32: bool = flag(True, "false: as main_grads_dtype bf16")
     main_grads_dtype: Literal["fp32", "bf16"] = flag("fp32", "gradients are added up and reduced in it")
     main_params_dtype: Literal["fp32", "bf16"] = flag("fp32", "bf16: no fp32 master weights (less memory, less exact)")
-    store_param_remainders: bool = flag(False, "bfloat16: an fp32 master is the weight and the 16 bits it lacks, 2 bytes less a weight")
+    store_param_remainders: bool = flag(
+        False, "bfloat16: an fp32 master is the weight and the 16 bits it lacks, 2 bytes less a weight"
+    )
     exp_avg_dtype: Literal["fp32", "bf16", "fp16"] = flag("fp32", "first moment (or momentum)")
     exp_avg_sq_dtype: Literal["fp32", "bf16"] = flag("fp32", "second moment")
     optimizer_cpu_offload: bool = flag(False, "keep optimizer states in host memory and update there")
