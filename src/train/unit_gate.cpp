@@ -43,9 +43,9 @@ at::Tensor UnitGate::run(int unit, const at::Tensor& x, const std::function<at::
   place(unit);
   if (!shards_parameters() || held_ > 0) return f(x);
   const bool backward = in_backward();
-  // An embedding's backward needs no weights.
+  // An embedding's backward needs no weights, and nothing would release them.
   const bool embedding = !x.defined();
-  start(backward ? unit - 1 : embedding ? 1 : unit + 1);
+  if (!backward || unit > 1) start(backward ? unit - 1 : embedding ? 1 : unit + 1);
   if (!at::GradMode::is_enabled() || embedding) {
     auto y = f(x);
     release(unit);
