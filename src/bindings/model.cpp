@@ -51,8 +51,7 @@ void init_model(py::module_& module) {
           "Collective over the tensor-parallel ranks.")
       .def("make_room_for_adapters", &GPTModel::make_room_for_adapters,
            "Moves frozen weights to where the memory behind each row takes an adapter's B, so that a layer's product "
-           "and "
-           "its adapter's are one. Training on a GPU does this by itself.")
+           "and its adapter's are one. Training on a GPU does this by itself.")
       .def("train", &GPTModel::train)
       .def_property_readonly("pre_process", [](const GPTModel& model) { return model.place().pre_process; })
       .def_property_readonly("post_process", [](const GPTModel& model) { return model.place().post_process; })

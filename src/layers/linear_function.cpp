@@ -40,10 +40,7 @@ struct Holder : torch::CustomClassHolder {
   /// a^T b, the gradient of `parameter`: into the main gradient, or returned for autograd when there is none, or put
   /// aside.
   at::Tensor weight_gradient(size_t slot, const at::Tensor& parameter, const at::Tensor& a, const at::Tensor& b) const {
-    if (!main[slot]) return WeightGradients::now_or_later(parameter, [a, b] { return at::mm(a.t(), b); });
-    return WeightGradients::now_or_later(parameter, main[slot], [a, b](const at::Tensor& grad, bool accumulate) {
-      accumulate_product(grad, a, b, accumulate);
-    });
+    return mcore_bridge::weight_gradient(parameter, main[slot], a, b);
   }
 
   /// The gradient of an adapter's B: scaling * grad_y^T low, of which an expanded one is collected.

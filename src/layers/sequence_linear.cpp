@@ -34,14 +34,6 @@ struct Holder : torch::CustomClassHolder {
   Holder(Group g, bool o, Fp8Ptr f) : group(std::move(g)), overlap(o), fp8(std::move(f)) {}
 };
 
-/// dW = grad^T x, or undefined when it goes into the main gradient or the schedule wants it later.
-at::Tensor weight_gradient(const at::Tensor& weight, const Holder& kept, const at::Tensor& grad, const at::Tensor& x) {
-  if (!kept.main) return WeightGradients::now_or_later(weight, [grad, x] { return at::mm(grad.t(), x); });
-  return WeightGradients::now_or_later(weight, kept.main, [grad, x](const at::Tensor& sum, bool accumulate) {
-    accumulate_product(sum, grad, x, accumulate);
-  });
-}
-
 Holder& keep(AutogradContext* context, const at::Tensor& weight, const Group& group, bool overlap, const Fp8Ptr& fp8) {
   auto holder = c10::make_intrusive<Holder>(group, overlap, fp8);
   auto& kept = *holder;
@@ -96,7 +88,7 @@ struct Gathered : Function<Gathered> {
       if (wants_x) result[0] = kept.group.reduce_scatter(shaped(at::mm(grad, weight), grads[0]));
       if (wants_weight) whole = matrix(kept.group.all_gather(x));
     }
-    if (wants_weight && !kept.fp8) result[1] = weight_gradient(weight, kept, grad, whole);
+    if (wants_weight && !kept.fp8) result[1] = weight_gradient(weight, kept.main, grad, whole);
     if (context->saved_data["bias"].toBool() && context->needs_input_grad(2)) result[2] = grad.sum(0);
     return result;
   }
@@ -144,7 +136,7 @@ struct Scattered : Function<Scattered> {
         result[0] = shaped(at::mm(whole, weight), grads[0]);
       }
     }
-    if (wants_weight && !kept.fp8) result[1] = weight_gradient(weight, kept, whole, matrix(x));
+    if (wants_weight && !kept.fp8) result[1] = weight_gradient(weight, kept.main, whole, matrix(x));
     if (context->saved_data["addend"].toBool() && context->needs_input_grad(2)) result[2] = shaped(whole, grads[0]);
     return result;
   }

@@ -114,4 +114,12 @@ DeferWeightGradients::DeferWeightGradients(WeightGradients& store) {
 }
 DeferWeightGradients::~DeferWeightGradients() { deferred = nullptr; }
 
+at::Tensor weight_gradient(const at::Tensor& weight, const std::shared_ptr<MainGradient>& main, const at::Tensor& grad,
+                           const at::Tensor& x) {
+  if (!main) return WeightGradients::now_or_later(weight, [grad, x] { return at::mm(grad.t(), x); });
+  return WeightGradients::now_or_later(weight, main, [grad, x](const at::Tensor& sum, bool accumulate) {
+    accumulate_product(sum, grad, x, accumulate);
+  });
+}
+
 }  // namespace mcore_bridge

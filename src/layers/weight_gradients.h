@@ -59,4 +59,9 @@ class DeferWeightGradients {
   DeferWeightGradients& operator=(const DeferWeightGradients&) = delete;
 };
 
+/// grad^T x, the gradient of a matrix: for autograd, or undefined when it goes into `main` (null: there is none) or the
+/// schedule wants it later.
+at::Tensor weight_gradient(const at::Tensor& weight, const std::shared_ptr<MainGradient>& main, const at::Tensor& grad,
+                           const at::Tensor& x);
+
 }  // namespace mcore_bridge

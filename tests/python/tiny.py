@@ -4,6 +4,7 @@ import json
 from copy import deepcopy
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -205,6 +206,14 @@ def rows(batch, length, seed=0):
     labels = tokens[:, 1:].clone()
     labels[torch.rand(labels.shape, generator=generator) < 0.2] = -100
     return tokens[:, :-1].contiguous(), labels.contiguous()
+
+
+def refused(words, work):
+    """`work` raises a ValueError that says all of `words`."""
+    with pytest.raises(ValueError) as error:
+        work()
+    for word in words:
+        assert word in str(error.value)
 
 
 def relative(actual, expected):
